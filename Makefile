@@ -1,0 +1,53 @@
+# The book and its package. `make` alone says what there is.
+PYTHON ?= python3
+PORT ?= 8000
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+PY := $(BIN)/python
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lab serve pages bench clean
+
+help:        ## this list
+	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
+	@echo "make test    prove everything: export, clean, every page, every stored output, tests/"
+	@echo "make serve   open the built book in a browser"
+	@echo "make lab     open the pages in JupyterLab"
+	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
+	@echo "make bench   measure the tokenizer beside its peers, in one run"
+	@echo "make clean   remove what was built; the environment in .venv stays"
+	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f'Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(PY) -c "open('$(READY)', 'w').close()"
+
+book: $(READY)
+	$(PY) -m tools.book
+
+test: $(READY)
+	$(PY) -m pytest -n 2
+
+serve: $(READY)
+	@test -d _build/html || $(MAKE) book
+	$(PY) -m tools.serve $(PORT)
+
+lab: $(READY)
+	$(PY) -m jupyterlab nbs
+
+pages: $(READY)
+	$(PY) -m tools.pages $(PAGE)
+
+bench: $(READY)
+	$(PY) -m pip install --quiet -c constraints.txt ".[bench]"
+	$(PY) benchmarks/bpe.py
+
+clean:
+	$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('_build', 'build', 'dist', '_proc')]"

@@ -1,0 +1,89 @@
+"""Build the book from the stored outputs and check it: `python -m tools.book`.
+
+A warning of the build is an error. Then every page must be there, every link lead somewhere, nothing be loaded from
+outside, and every picture be described; the exit code is 1 and the faults are listed if not.
+"""
+import re, subprocess, sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADS = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src'}
+
+
+class PageReader(HTMLParser):
+    "Collects what a page loads, where it links, which anchors it has, and its pictures without a description."
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.loads, self.links, self.anchors, self.faults, self.text, self.quiet = [], [], set(), [], [], 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        if tag in ('script', 'style'): self.quiet += 1
+        if 'id' in a: self.anchors.add(a['id'])
+        if tag == 'a' and a.get('href'): self.links.append(a['href'])
+        url = a.get(LOADS.get(tag, ''))
+        if url and not (tag == 'link' and a.get('rel') in ('canonical', 'next', 'prev', 'search', 'index', 'author')): self.loads.append(url)
+        if tag == 'img' and not a.get('alt'): self.faults.append(f"picture without alt text: {url}")
+        if tag == 'svg' and 'llm-picture' in (a.get('class') or '') and not a.get('aria-label'): self.faults.append('drawing without a description')
+
+    def handle_endtag(self, tag):
+        if tag in ('script', 'style'): self.quiet -= 1
+
+    def handle_data(self, data):
+        if not self.quiet: self.text.append(data)
+
+
+def pages_of_toc(toc: dict) -> set[str]:
+    "Names of all pages that the table of contents lists."
+    found, todo = {toc['root']}, [toc]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            if 'file' in item: found.add(item['file'])
+            todo += item.values()
+        elif isinstance(item, list): todo += item
+    return found
+
+
+def check(book: Path) -> list[str]:
+    "All faults of the book, one line each."
+    listed = pages_of_toc(yaml.safe_load((ROOT/'_toc.yml').read_text()))
+    pages = {p.relative_to(book).as_posix(): PageReader(p.read_text(encoding='utf-8')) for p in sorted(book.rglob('*.html')) if '_static' not in p.parts}
+    faults = [f'{name}: listed in _toc.yml and not built' for name in sorted(listed) if f'{name}.html' not in pages]
+    for name, page in pages.items():
+        faults += [f'{name}: {fault}' for fault in page.faults]
+        if re.search(r'^\s*#\s?\|', ''.join(page.text), re.M): faults.append(f'{name}: a directive of nbdev shows')
+        for url in page.loads + page.links:
+            parts = urlsplit(url)
+            if parts.scheme == 'data' or url == '#': continue
+            if parts.scheme or parts.netloc:
+                if url in page.loads: faults.append(f'{name}: loads {url} from outside')
+                continue
+            target = (book/name).parent/unquote(parts.path) if parts.path else book/name
+            if target.is_dir(): target /= 'index.html'
+            if not target.exists(): faults.append(f'{name}: dead link {url}')
+            elif parts.fragment and target.suffix == '.html':
+                there = pages.get(target.resolve().relative_to(book.resolve()).as_posix())
+                if there and unquote(parts.fragment) not in there.anchors: faults.append(f'{name}: no such place on the page: {url}')
+    for style in book.rglob('*.css'):
+        for url in re.findall(r'url\(\s*["\']?(https?:)?//[^)]*', style.read_text(encoding='utf-8', errors='replace')):
+            faults.append(f'{style.relative_to(book)}: loads {url} from outside')
+    return faults
+
+
+def main():
+    # all pages anew, because an unchanged page keeps its warnings to itself
+    build = [sys.executable, '-c', 'from jupyter_book.cli.main import main; main()', 'build', '.', '--all', '-W', '-n', '--keep-going']
+    if code := subprocess.run(build, cwd=ROOT).returncode: sys.exit(code)
+    if faults := check(ROOT/'_build'/'html'): sys.exit('\n'.join([f'{len(faults)} faults in the book:', *faults]))
+    print('The book is in _build/html/nbs/index.html: every page built, every link and picture checked, nothing loaded from outside.')
+    print('`make serve` (or `python -m tools.serve`) opens it.')
+
+
+if __name__ == '__main__': main()

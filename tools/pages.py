@@ -1,0 +1,55 @@
+"""Run pages and store their outputs: `python -m tools.pages [name …]`, all pages without a name.
+
+Exports the modules, runs each notebook in this environment, cleans it, and writes which cells have an output to
+`tests/ledger.json`. A page that fails is left as it was.
+"""
+import argparse, json, os, re, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+LEDGER = ROOT/'tests'/'ledger.json'
+
+
+def run(page: Path) -> list[str]:
+    "Run the notebook `page` in place; returns the ids of its cells that have an output."
+    nb = nbformat.read(page, as_version=4)
+    for cell in nb.cells:
+        if re.search(r'^#\s*\|\s*eval:\s*false', cell.source, re.M): cell.metadata.setdefault('tags', []).append('skip-execution')
+    env = {**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT)}
+    manager = KernelManager()
+    manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
+    client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
+    client.execute(env=env)
+    for cell in nb.cells:
+        for out in cell.get('outputs', []):
+            if out.output_type == 'error': out.traceback = [f'{out.ename}: {out.evalue}']   # no path of this machine
+    nbformat.write(nb, page)
+    return [c.id for c in nb.cells if c.cell_type == 'code' and c.outputs]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('pages', nargs='*', help='names such as 03_bpe (default: every page)')
+    names = parser.parse_args().pages or [p.stem for p in sorted((ROOT/'nbs').glob('*.ipynb'))]
+    missing = [n for n in names if not (ROOT/'nbs'/f'{n}.ipynb').exists()]
+    if missing: parser.error(f'no such page: {", ".join(missing)}; there are {[p.stem for p in sorted((ROOT/"nbs").glob("*.ipynb"))]}')
+    nbdev = lambda command: subprocess.run([sys.executable, '-c', f'from nbdev.cli import {command}; {command}()'], cwd=ROOT, check=True)
+    nbdev('nbdev_export')
+    ledger, failed = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}, []
+    for name in names:
+        start = time.perf_counter()
+        try: ledger[name] = run(ROOT/'nbs'/f'{name}.ipynb')
+        except CellExecutionError as e: failed.append(name); print(f'{name}: failed\n{e}', file=sys.stderr)
+        else: print(f'{name}: {len(ledger[name])} outputs in {time.perf_counter() - start:.1f} s')
+    pages = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}
+    LEDGER.write_text(json.dumps({k: v for k, v in sorted(ledger.items()) if k in pages}, indent=1) + '\n')
+    nbdev('nbdev_clean')
+    sys.exit(bool(failed))
+
+
+if __name__ == '__main__': main()

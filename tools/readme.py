@@ -1,0 +1,39 @@
+"""Write README.md from the welcome page: `python -m tools.readme`.
+
+A cell tagged `remove-cell` is in the README and not in the book; one tagged `readme-skip` is in neither. Links to pages
+become links into `nbs/`, and the drawing becomes a file in `_static/`.
+"""
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme(page: Path) -> tuple[str, dict[str, str]]:
+    "The README's text, and the drawings it shows as {file name: SVG}."
+    parts, drawings = [], {}
+    for cell in nbformat.read(page, as_version=4).cells:
+        if 'readme-skip' in cell.metadata.get('tags', []): continue
+        if cell.cell_type == 'markdown':
+            parts.append(re.sub(r'\]\((\w+)\.ipynb\)', r'](nbs/\1.ipynb)', cell.source))
+            continue
+        directives = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)$', cell.source, re.M))
+        if 'remove-input' not in cell.metadata.get('tags', []): parts.append(f'```python\n{cell.source}\n```')
+        for out in cell.outputs:
+            if svg := out.data.get('image/svg+xml'):
+                name = f"_static/{directives['label']}.svg"
+                drawings[name] = svg
+                parts.append(f"![{directives['fig-alt']}]({name})")
+            else: parts.append(f"```\n{out.data['text/plain']}\n```")
+    return '\n\n'.join(parts) + '\n', drawings
+
+
+def main():
+    text, drawings = readme(ROOT/'nbs'/'index.ipynb')
+    (ROOT/'README.md').write_text(text, encoding='utf-8')
+    for name, svg in drawings.items(): (ROOT/name).write_text(svg, encoding='utf-8')
+
+
+if __name__ == '__main__': main()
