@@ -46,7 +46,6 @@ pages: $(READY)
 	$(PY) -m tools.pages $(PAGE)
 
 bench: $(READY)
-	$(PY) -m pip install --quiet -c constraints.txt ".[bench]"
 	$(PY) benchmarks/bpe.py
 
 clean:

@@ -1,5 +1,6 @@
 """Read nbdev notebooks into myst-nb: the `#|` lines become tags and metadata, and never show."""
 import re
+from html import escape
 
 import nbformat
 
@@ -32,11 +33,14 @@ def convert(cell) -> None:
     mystnb = cell.metadata.setdefault('mystnb', {})
     if 'fig-cap' in found: mystnb['figure'] = {'caption': found['fig-cap'], 'name': found['label']}
     if 'fig-alt' in found: mystnb['image'] = {'alt': found['fig-alt']}
-    for tag in tags:
+    for tag in list(tags):
+        if m := re.match(r'(uncompared|rtol=[\d.]+): (.*)', tag):
+            room = 'Not compared' if m[1] == 'uncompared' else f'Compared within {float(m[1][5:]):.0%} of each value'
+            note = f'<p class="llm-note">{room}: {escape(m[2])}.</p>'
+            cell.outputs.append(nbformat.v4.new_output('display_data', {'text/html': note}))
         if tag.startswith('fold: '):        # `fold: Show the drawing code` folds the code behind that line
             tags.append('hide-input')
             mystnb['code_prompt_show'] = tag.removeprefix('fold: ')
-            break
 
 
 def read_notebook(text: str):

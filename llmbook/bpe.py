@@ -50,13 +50,13 @@ def merge_pair(
         i += 2 if found else 1
     return merged
 
-# %% ../nbs/03_bpe.ipynb #ad741765
+# %% ../nbs/03_bpe.ipynb #4ca1d377
 GPT2_SPLIT = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d"      # English endings: it|'s, we|'ll
     r"| ?\p{L}+"                    # letters of any script
     r"| ?\p{N}+"                    # digits and other numbers
     r"| ?[^\s\p{L}\p{N}]+"          # punctuation, signs, emoji
-    r"|\s+(?!\S)|\s+"               # blanks; the last one joins a word
+    r"|\s+(?!\S)|\s+"               # other white space
 )
 
 # %% ../nbs/03_bpe.ipynb #2f738719
@@ -71,18 +71,20 @@ def pairs_around(
         if word[at + 1:at + 2] not in ("", token): yield word[at:at + 2]
         at = word.find(token, at + 1)
 
-# %% ../nbs/03_bpe.ipynb #9260e396
+# %% ../nbs/03_bpe.ipynb #93b03d3a
 class PairIndex:
     "Pair counts of many words, kept up to date while pairs are merged."
     def __init__(
         self,
         words: Mapping[str, int], # each distinct word, how often it occurs
     ):
-        self.words = [w.encode().decode("latin-1") for w in words]
+        self.words = [w.encode().decode("latin-1")     # byte -> character
+                      for w in words]
         self.times = list(words.values())
-        self.counts, self.where = defaultdict(int), defaultdict(set)
+        self.counts = defaultdict(int)     # pair -> how often
+        self.where = defaultdict(set)      # pair -> words it is or was in
         for i, word in enumerate(self.words):
-            for pair in map(add, word, word[1:]):
+            for pair in map(add, word, word[1:]):      # strings of two
                 self.counts[pair] += self.times[i]
                 self.where[pair].add(i)
         self.heap = [(-n, p) for p, n in self.counts.items() if n > 1]
@@ -108,11 +110,10 @@ class PairIndex:
             for new in pairs_around(word, token):
                 fresh[new] += self.times[i]
                 self.where[new].add(i)
-        first, last = pair
-        for new, n in fresh.items():      # each stands where an old was
-            left, right = new
-            old = ((last if left == token else left)
-                   + (first if right == token else right))
+        for new, n in fresh.items():
+            left, right = new             # stands where an old pair stood
+            old = ((pair[1] if left == token else left)
+                   + (pair[0] if right == token else right))
             self.counts[old] -= n
             self.counts[new] = n
             if n > 1: heappush(self.heap, (-n, new))
@@ -179,7 +180,7 @@ def merge_long_word(
         note(i, after[i])
     return [i for i in ids if i is not None]
 
-# %% ../nbs/03_bpe.ipynb #63f13b8c
+# %% ../nbs/03_bpe.ipynb #d1bf4bdd
 class WordCache(dict):
     "A dict from words to their ids that works out a missing word."
     max_words = 2 ** 17    # then start again, so that memory is bounded
@@ -197,7 +198,8 @@ class WordCache(dict):
     def __missing__(self, word: str) -> list[int]:
         "Give a word that is a token its id, and merge any other."
         spelled = word.encode()
-        if spelled in self.id_of: ids = [self.id_of[spelled]]
+        if spelled in self.id_of:       # merging would lead there too
+            ids = [self.id_of[spelled]]
         else:
             ids = spelled.translate(self.id_of_byte)
             if len(ids) > self.long_word:
@@ -207,7 +209,7 @@ class WordCache(dict):
         self[word] = ids
         return ids
 
-# %% ../nbs/03_bpe.ipynb #01fd7323
+# %% ../nbs/03_bpe.ipynb #498b355b
 def _check_text(
     text: str, # what should become ids
 ) -> str: # the same
@@ -297,7 +299,37 @@ def _allowed_ids(
                 f"{list(special_tokens)}")
     return {token: special_tokens[token] for token in allowed_special}
 
-# %% ../nbs/03_bpe.ipynb #eee37740
+def _not_allowed(
+    token: str, # a special token found in a text
+    at: int, # where it begins
+    allowed_special: Collection[str] | str, # as given to `encode`
+) -> ValueError: # to be raised
+    "Say that a special token was not allowed, and the two ways out."
+    return ValueError(
+        f"text[{at}] begins the special token {token!r}, which "
+        f"allowed_special={allowed_special!r} does not name; "
+        f"allow it with allowed_special={{{token!r}}}, or take "
+        "it as ordinary characters with encode_ordinary(text)")
+
+def _not_decoded(
+    error: Exception, # what went wrong in `decode`
+    ids: Iterable[int], # as given to it
+    vocab_size: int, # ids there are
+) -> ValueError | TypeError: # to be raised
+    "Say why ids cannot be decoded."
+    if isinstance(error, KeyError):
+        return ValueError(f"ids holds {error.args[0]!r}; allowed are 0 "
+                          f"to {vocab_size - 1}")
+    if isinstance(error, TypeError):
+        return TypeError(f"ids must be a row of whole numbers, got "
+                         f"{ids!r:.60}; decode a batch row by row")
+    broken = error.object[error.start]
+    return ValueError(
+        f"ids spell no UTF-8 text: byte {broken:#04x} at {error.start} of "
+        f"{len(error.object)} ({error.reason}); errors='replace' shows "
+        "\ufffd there")
+
+# %% ../nbs/03_bpe.ipynb #02c8e92f
 END_OF_TEXT = "<|endoftext|>"
 
 class BPETokenizer:
@@ -349,11 +381,7 @@ class BPETokenizer:
         for k, piece in enumerate(pieces):    # odd ones are special
             if k % 2 == 0: ids += self.encode_ordinary(piece)
             elif piece in allowed: ids.append(allowed[piece])
-            else: raise ValueError(
-                f"text[{at}] begins the special token {piece!r}, which "
-                f"allowed_special={allowed_special!r} does not name; "
-                f"allow it with allowed_special={{{piece!r}}}, or take "
-                "it as ordinary characters with encode_ordinary(text)")
+            else: raise _not_allowed(piece, at, allowed_special)
             at += len(piece)
         return ids
 
@@ -364,20 +392,11 @@ class BPETokenizer:
     ) -> str: # their text
         "Join the bytes of `ids` and read them as UTF-8."
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        try: data = b"".join(map(self._bytes_of.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(f"ids holds {error.args[0]!r}; allowed are 0 "
-                             f"to {self.vocab_size - 1}") from None
-        except TypeError:
-            raise TypeError(f"ids must be a row of whole numbers, got "
-                            f"{ids!r:.60}; decode a batch row by row"
-                            ) from None
-        try: return data.decode("utf-8", errors)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"ids spell no UTF-8 text: byte {data[error.start]:#04x} "
-                f"at {error.start} of {len(data)} ({error.reason}); "
-                "errors='replace' shows \ufffd there") from None
+        try:
+            data = b"".join(map(self._bytes_of.__getitem__, ids))
+            return data.decode("utf-8", errors)
+        except (KeyError, TypeError, UnicodeDecodeError) as error:
+            raise _not_decoded(error, ids, self.vocab_size) from None
 
     @classmethod
     def train(
@@ -386,7 +405,7 @@ class BPETokenizer:
         vocab_size: int, # ids wanted: bytes, merges and special tokens
         special_tokens: Collection[str] = (END_OF_TEXT,), # the last ids
         progress: bool | None = None, # a bar; None: only in a terminal
-    ) -> "BPETokenizer": # of `vocab_size` ids, fewer if pairs run out
+    ) -> "BPETokenizer": # with `vocab_size` ids, or fewer if pairs run out
         "Learn the merges of the most frequent pairs of `text`."
         _check_special(special_tokens)
         n_merges = _check_size(vocab_size, 256 + len(special_tokens))
@@ -418,7 +437,7 @@ class BPETokenizer:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
 
-# %% ../nbs/03_bpe.ipynb #9ac07bef
+# %% ../nbs/03_bpe.ipynb #a7de6f07
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 GPT2_BYTE_ORDER = bytes(
     PRINTABLE + [b for b in range(256) if b not in PRINTABLE])
@@ -443,7 +462,7 @@ def _parse_merges(
     lines: list[str], # "left right" of each merge, in GPT-2's signs
     byte_order: bytes, # the byte of each id below 256
 ) -> list[tuple[int, int]]: # pairs of ids
-    "Undo `name_merges`."
+    "Undo `_name_merges`."
     ids = {BYTE_NAMES[b]: i for i, b in enumerate(byte_order)}
     merges = []
     for k, line in enumerate(lines):
@@ -460,8 +479,8 @@ def _parse_merges(
 
 def _checksum(
     data: dict, # the fields of a tokenizer file
-) -> str: # SHA-256 of all but the _checksum, in hexadecimal
-    "Make a fingerprint that any change of the contents changes."
+) -> str: # SHA-256 in hexadecimal
+    "Make a fingerprint of the fields that make the tokenizer."
     text = json.dumps([data[field] for field in FIELDS])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -493,7 +512,7 @@ def _parse_json(
 def _from_json(
     content: bytes, # what a file holds
 ) -> tuple: # merges, special tokens and byte order
-    "Read `to_json`'s text, or name the first fault."
+    "Read `_to_json`'s text, or name the first fault."
     data = _parse_json(content)
     if data.get("version") != VERSION:
         raise ValueError(f"version {data.get('version')!r} is not "
@@ -529,16 +548,18 @@ def _write_text(
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/03_bpe.ipynb #4a11ef0a
-def gpt2_tokenizer() -> BPETokenizer: # 50,257 ids, the same as GPT-2's
+# %% ../nbs/03_bpe.ipynb #9211cd6f
+def gpt2_tokenizer(
+) -> BPETokenizer: # has GPT-2's 50,257 ids
     "GPT-2's tokenizer, from the list of merges that the package ships."
     path = files("llmbook") / "assets" / "gpt2-merges.bpe"
     _, *lines = path.read_text(encoding="utf-8").rstrip().split("\n")
     merges = _parse_merges(lines, GPT2_BYTE_ORDER)
     return BPETokenizer(merges, byte_order=GPT2_BYTE_ORDER)
 
-# %% ../nbs/03_bpe.ipynb #ca13bfc0
-def gpt2_encoding() -> "tiktoken.Encoding": # same ids, faster
+# %% ../nbs/03_bpe.ipynb #2d7ef01d
+def gpt2_encoding(
+) -> "tiktoken.Encoding": # gives the same ids, somewhat faster
     "tiktoken's GPT-2, from the same list of merges, without a download."
     import tiktoken
     tokenizer = gpt2_tokenizer()

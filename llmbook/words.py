@@ -39,7 +39,7 @@ class Vocabulary:
     def __len__(self): return len(self.words)
     def __contains__(self, word): return word in self.ids
 
-# %% ../nbs/02_words.ipynb #a4ebb9c0
+# %% ../nbs/02_words.ipynb #cbd3b238
 class WordTokenizer:
     "Words to ids and back; an unknown word is refused, or marked if told so."
     def __init__(
@@ -65,9 +65,9 @@ class WordTokenizer:
         text: str,
     ) -> list[int]: # one id for each word and punctuation mark
         "The ids of the words of `text`."
-        pieces = [p or "" for p in re.split(self.pattern, text)]
+        pieces = [piece or "" for piece in re.split(self.pattern, text)]
+        starts = accumulate(map(len, pieces), initial=0)  # they join to `text`
         ids, other = self.vocabulary.ids, self.vocabulary.ids.get(self.unknown)
-        starts = accumulate(map(len, pieces), initial=0)
         found = []
         for word, start in zip(pieces, starts):
             if not word.strip(): continue
@@ -92,4 +92,4 @@ class WordTokenizer:
                 raise ValueError(f"id {i} at place {place} is not in the "
                                  f"vocabulary; ids run from 0 to {size - 1}")
         text = " ".join(words[i] for i in ids)
-        return re.sub(r"""\s+([,.?!"()'])""", r"\1", text)
+        return re.sub(r"""\s+([,.:;?!)"'])""", r"\1", text)

@@ -1,0 +1,70 @@
+"What makes the book: the reader of notebooks, and the checks that follow the build, proved able to fail."
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from tools import book
+
+sys.path.insert(0, str(Path(__file__).parent.parent/'_ext'))
+from nbdev_reader import read_notebook, split_directives      # noqa: E402
+
+
+def read(*cells): return read_notebook(nbformat.writes(new_notebook(cells=list(cells)))).cells
+
+
+def test_directives_become_tags_and_never_show():
+    cell, = read(new_code_cell('#| export\n#| label: fig-x\n#| fig-cap: "A: b"\n#| fig-alt: what to see\n\nx = 1  # | not one\n'))
+    assert cell.source == 'x = 1  # | not one'
+    assert cell.metadata.mystnb == {'figure': {'caption': 'A: b', 'name': 'fig-x'}, 'image': {'alt': 'what to see'}}
+    assert 'remove-cell' in read(new_code_cell('#| hide\nx = 1'))[0].metadata.tags
+    assert 'remove-cell' in read(new_code_cell('#| default_exp core'))[0].metadata.tags
+    assert 'skip-execution' in read(new_code_cell('#| eval: false\nx'))[0].metadata.tags
+    folded, = read(new_code_cell('x = 1', metadata={'tags': ['fold: Show the drawing code']}))
+    assert 'hide-input' in folded.metadata.tags and folded.metadata.mystnb['code_prompt_show'] == 'Show the drawing code'
+    assert read(new_markdown_cell('#| a heading'))[0].source == '#| a heading'
+    assert split_directives('x = 1\n#| export') == ({}, 'x = 1\n#| export')
+
+
+def test_a_misspelt_directive_stops_the_build():
+    with pytest.raises(ValueError, match="unknown directive.*exprot"): read(new_code_cell('#| exprot\nx = 1'))
+
+
+GOOD = '<html><body><p id="here">text</p><img src="a.png" alt="a"><a href="#here">x</a><a href="b.html#there">y</a></body></html>'
+FAULTS = {
+    'dead link': ('<a href="c.html">x</a>', 'dead link c.html'),
+    'dead place': ('<a href="b.html#nowhere">x</a>', 'no such place on the page: b.html#nowhere'),
+    'dead place here': ('<a href="#nowhere">x</a>', 'no such place on the page: #nowhere'),
+    'script from outside': ('<script src="https://example.org/x.js"></script>', 'loads https://example.org/x.js from outside'),
+    'picture from outside': ('<img src="//example.org/x.png" alt="x">', 'from outside'),
+    'missing picture': ('<img src="c.png" alt="x">', 'dead link c.png'),
+    'picture without alt': ('<img src="a.png">', 'picture without alt text'),
+    'drawing without label': ('<svg class="llm-picture"></svg>', 'drawing without a description'),
+    'directive': ('<pre>\n#| export\nx = 1</pre>', 'a directive of nbdev shows'),
+}
+
+
+@pytest.fixture
+def small_book(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, 'ROOT', tmp_path)
+    (tmp_path/'_toc.yml').write_text('root: a\nparts:\n- chapters:\n  - file: b\n    sections:\n    - file: b\n')
+    for name, text in {'a.html': GOOD, 'b.html': '<p id="there">', 'a.png': '', 'x.css': 'a {background: url(a.png)}'}.items(): (tmp_path/name).write_text(text)
+    return tmp_path
+
+
+def test_a_whole_book_has_no_fault(small_book): assert book.check(small_book) == []
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_each_fault_is_found(small_book, fault):
+    extra, message = FAULTS[fault]
+    (small_book/'a.html').write_text(GOOD.replace('</body>', extra + '</body>'))
+    faults = book.check(small_book)
+    assert len(faults) == 1 and message in faults[0], faults
+
+
+def test_a_missing_page_and_a_stylesheet_from_outside(small_book):
+    (small_book/'x.css').write_text('a {background: url("https://example.org/x.png")}')
+    (small_book/'_toc.yml').write_text('root: a\nparts:\n- chapters:\n  - file: b\n  - file: c\n')
+    assert [f.split(':')[0] for f in book.check(small_book)] == ['c', 'x.css']
