@@ -57,7 +57,7 @@ class Ledger(pytest.Item):
 
     def runtest(self):
         page = Path(self.path)
-        expected = json.loads(LEDGER.read_text()).get(page.stem, [])
+        expected = json.loads(LEDGER.read_text(encoding='utf-8')).get(page.stem, [])
         found = cells_with_output(json.loads(page.read_text(encoding='utf-8')))
         gone, new = [c for c in expected if c not in found], [c for c in found if c not in expected]
         assert found == expected, f'{page.name}: cells with an output gone: {gone}, new: {new}; see CONTRIBUTING.md'

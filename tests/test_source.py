@@ -11,7 +11,7 @@ from tools.readme import readme
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 MODULES = [p.stem for p in sorted((ROOT/'llmbook').glob('*.py')) if not p.stem.startswith('_')]
-PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT/'settings.ini')
 by_name = pytest.mark.parametrize('page', NOTEBOOKS, ids=lambda p: p.stem)
@@ -60,14 +60,14 @@ def test_every_module_is_a_page():
     exports = {m[1]: p.stem for p in NOTEBOOKS for c in code_cells(p) if (m := re.match(r'#\| default_exp (\w+)', c.source))}
     assert sorted(exports) == MODULES
     assert all((ROOT/'nbs'/'api'/f'{m}.md').exists() for m in MODULES)
-    toc = (ROOT/'_toc.yml').read_text()
+    toc = (ROOT/'_toc.yml').read_text(encoding='utf-8')
     assert all(f'nbs/api/{m}\n' in toc for m in MODULES) and all(f'nbs/{p.stem}\n' in toc for p in NOTEBOOKS)
 
 
 def test_a_module_imports_only_earlier_pages():
     order = [m[1] for p in NOTEBOOKS for c in code_cells(p) if (m := re.match(r'#\| default_exp (\w+)', c.source))]
     for name in MODULES:
-        tree = ast.parse((ROOT/'llmbook'/f'{name}.py').read_text())
+        tree = ast.parse((ROOT/'llmbook'/f'{name}.py').read_text(encoding='utf-8'))
         own = {(n.module or '').removeprefix('llmbook.') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('llmbook'))}
         assert own <= set(order[:order.index(name)]), f'{name} imports {own}'
 
@@ -101,7 +101,7 @@ def test_every_public_name_is_documented(name, obj, signature):
 
 
 def imports(name):
-    tree = ast.parse((ROOT/'llmbook'/f'{name}.py').read_text())
+    tree = ast.parse((ROOT/'llmbook'/f'{name}.py').read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from (a.name.split('.')[0] for a in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split('.')[0]
@@ -116,7 +116,7 @@ def test_requirements_are_what_the_modules_import():
 
 
 def test_tools_are_pinned():
-    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')]
+    lines = [l for l in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')]
     assert all(re.fullmatch(r'[\w.-]+==[\w.+!-]+( ; .+)?', l) for l in lines), lines
     pinned = {l.split('==')[0].lower().replace('_', '-') for l in lines}
     wanted = [re.match(r'[\w-]+', r)[0] for group in (PROJECT['dependencies'], *PROJECT['optional-dependencies'].values()) for r in group]
@@ -129,8 +129,8 @@ def test_settings_and_project_agree():
     assert PROJECT['name'] == settings['lib_name'] and PROJECT['description'] == settings['description']
     assert PROJECT['requires-python'] == f">={settings['min_python']}"
     assert import_module('llmbook').__version__ == settings['version']
-    assert f"version: {settings['version']}" in (ROOT/'CITATION.cff').read_text()
-    assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text()
+    assert f"version: {settings['version']}" in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
+    assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 def test_one_address():

@@ -53,7 +53,7 @@ def pages_of_toc(toc: dict) -> set[str]:
 
 def check(book: Path) -> list[str]:
     "All faults of the book, one line each."
-    listed = pages_of_toc(yaml.safe_load((ROOT/'_toc.yml').read_text()))
+    listed = pages_of_toc(yaml.safe_load((ROOT/'_toc.yml').read_text(encoding='utf-8')))
     pages = {p.relative_to(book).as_posix(): PageReader(p.read_text(encoding='utf-8')) for p in sorted(book.rglob('*.html')) if '_static' not in p.parts}
     faults = [f'{name}: listed in _toc.yml and not built' for name in sorted(listed) if f'{name}.html' not in pages]
     for name, page in pages.items():

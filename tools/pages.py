@@ -40,14 +40,14 @@ def main():
     if missing: parser.error(f'no such page: {", ".join(missing)}; there are {[p.stem for p in sorted((ROOT/"nbs").glob("*.ipynb"))]}')
     nbdev = lambda command: subprocess.run([sys.executable, '-c', f'from nbdev.cli import {command}; {command}()'], cwd=ROOT, check=True)
     nbdev('nbdev_export')
-    ledger, failed = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}, []
+    ledger, failed = json.loads(LEDGER.read_text(encoding='utf-8')) if LEDGER.exists() else {}, []
     for name in names:
         start = time.perf_counter()
         try: ledger[name] = run(ROOT/'nbs'/f'{name}.ipynb')
         except CellExecutionError as e: failed.append(name); print(f'{name}: failed\n{e}', file=sys.stderr)
         else: print(f'{name}: {len(ledger[name])} outputs in {time.perf_counter() - start:.1f} s')
     pages = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}
-    LEDGER.write_text(json.dumps({k: v for k, v in sorted(ledger.items()) if k in pages}, indent=1) + '\n')
+    LEDGER.write_text(json.dumps({k: v for k, v in sorted(ledger.items()) if k in pages}, indent=1) + '\n', encoding='utf-8', newline='\n')
     nbdev('nbdev_clean')
     sys.exit(bool(failed))
 

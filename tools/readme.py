@@ -32,8 +32,8 @@ def readme(page: Path) -> tuple[str, dict[str, str]]:
 
 def main():
     text, drawings = readme(ROOT/'nbs'/'index.ipynb')
-    (ROOT/'README.md').write_text(text, encoding='utf-8')
-    for name, svg in drawings.items(): (ROOT/name).write_text(svg, encoding='utf-8')
+    (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
+    for name, svg in drawings.items(): (ROOT/name).write_text(svg, encoding='utf-8', newline='\n')
 
 
 if __name__ == '__main__': main()
