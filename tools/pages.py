@@ -15,6 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT/'tests'/'ledger.json'
 
 
+def tidy(outputs: list) -> list:
+    "Outputs with the pieces of one stream joined, and errors without the paths of this machine."
+    kept = []
+    for out in outputs:
+        if out.output_type == 'error': out.traceback = [f'{out.ename}: {out.evalue}']
+        if kept and out.output_type == 'stream' == kept[-1].output_type and out.name == kept[-1].name: kept[-1].text += out.text
+        else: kept.append(out)
+    return kept
+
+
 def run(page: Path) -> list[str]:
     "Run the notebook `page` in place; returns the ids of its cells that have an output."
     nb = nbformat.read(page, as_version=4)
@@ -26,8 +36,7 @@ def run(page: Path) -> list[str]:
     client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
     client.execute(env=env)
     for cell in nb.cells:
-        for out in cell.get('outputs', []):
-            if out.output_type == 'error': out.traceback = [f'{out.ename}: {out.evalue}']   # no path of this machine
+        if cell.cell_type == 'code': cell.outputs = tidy(cell.outputs)
     nbformat.write(nb, page)
     return [c.id for c in nb.cells if c.cell_type == 'code' and c.outputs]
 
