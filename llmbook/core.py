@@ -171,7 +171,7 @@ def _box(
             f'height="{height:.4g}" rx="5" fill="{_paint(color)}" '
             f'fill-opacity="{strength:.3g}" stroke="{_paint(color)}"/>')
 
-# %% ../nbs/00_start.ipynb #569c4da5
+# %% ../nbs/00_start.ipynb #0b122d4e
 DARK = f' style="fill: {PALETTE["ink"]}"'   # on yellow, in both themes
 
 def visible(
@@ -188,7 +188,7 @@ def visible(
                    for c in token) or "∅"
 
 def _letters(
-    text: str,
+    text: str, # what is to be drawn
 ) -> int: # width in letters of a fixed-width font
     "Places that `text` takes: two for a wide character, none for an accent."
     wide = lambda c: 2 if unicodedata.east_asian_width(c) in "WF" else 1

@@ -13,9 +13,9 @@ from itertools import accumulate
 # %% ../nbs/02_words.ipynb #fcc092c2
 SPLIT_PATTERN = r"""([,.?_!"()\']|--|\s)"""  # punctuation, dashes, white space
 
-# %% ../nbs/02_words.ipynb #0ec210f6
+# %% ../nbs/02_words.ipynb #4195c61f
 def split_words(
-    text: str,
+    text: str, # what to cut
     pattern: str = SPLIT_PATTERN, # regular expression, in parentheses
 ) -> list[str]: # words and punctuation marks in order, no white space
     "Cut `text` at each match of `pattern`; keep all but the white space."
@@ -39,7 +39,7 @@ class Vocabulary:
     def __len__(self): return len(self.words)
     def __contains__(self, word): return word in self.ids
 
-# %% ../nbs/02_words.ipynb #cbd3b238
+# %% ../nbs/02_words.ipynb #09f3d47d
 class WordTokenizer:
     "Words to ids and back; an unknown word is refused, or marked if told so."
     def __init__(
@@ -62,7 +62,7 @@ class WordTokenizer:
 
     def encode(
         self,
-        text: str,
+        text: str, # any text; in strict mode, of known words only
     ) -> list[int]: # one id for each word and punctuation mark
         "The ids of the words of `text`."
         pieces = [piece or "" for piece in re.split(self.pattern, text)]

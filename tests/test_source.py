@@ -97,7 +97,7 @@ def test_every_public_name_is_documented(name, obj, signature):
     for key, doc in docments(signature, full=True, returns=False).items():
         if key in ('self', 'cls'): continue
         assert doc.anno is not None and 'empty' not in repr(doc.anno), f'{name}: {key} has no type'
-        assert doc.docment or key == 'text', f'{name}: {key} has no comment'
+        assert doc.docment, f'{name}: {key} has no comment'
 
 
 def imports(name):
