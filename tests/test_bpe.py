@@ -311,6 +311,7 @@ def test_arrays_and_tensors_decode():
 
 # ---- cache, copies -------------------------------------------------------
 def test_cache_is_bounded_and_harmless(monkeypatch):
+    assert bpe.WordCache.max_words <= 2**18
     monkeypatch.setattr(bpe.WordCache, "max_words", 10)
     tok = gpt2_tokenizer()
     assert tok.encode(VERDICT) == THEIRS.encode_ordinary(VERDICT)

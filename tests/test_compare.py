@@ -55,8 +55,8 @@ def test_a_bitmap_cannot_pass_as_compared():
 
 
 @pytest.mark.parametrize('tag', ['uncompared', 'uncompared: no', 'uncompared:', 'rtol=0.05', 'rtol=0.05: yes', 'rtol: it is rather wide',
-                                 'rtol=0.9: far too wide here', 'rtol=1e-5: tighter than the rest', 'nbval-ignore-output', 'nbval-skip'])
-def test_tags_need_a_reason_and_a_bound(tag):
+                                 'rtol=0.9: far too wide here', 'rtol=1e-5: tighter than the rest', 'nbval-ignore-output', 'nbval-skip', 'Uncompared: it is a time', 'hide'])
+def test_tags_are_known_give_a_reason_and_have_a_bound(tag):
     with pytest.raises(ValueError): read_tags([tag])
 
 

@@ -8,6 +8,9 @@ import pytest
 from fastcore.docments import docments
 from tools.readme import readme
 
+sys.path.insert(0, str(Path(__file__).parent.parent/'_ext'))
+from nbdev_reader import read_notebook      # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 MODULES = [p.stem for p in sorted((ROOT/'llmbook').glob('*.py')) if not p.stem.startswith('_')]
@@ -62,6 +65,20 @@ def test_every_module_is_a_page():
     assert all((ROOT/'nbs'/'api'/f'{m}.md').exists() for m in MODULES)
     toc = (ROOT/'_toc.yml').read_text(encoding='utf-8')
     assert all(f'nbs/api/{m}\n' in toc for m in MODULES) and all(f'nbs/{p.stem}\n' in toc for p in NOTEBOOKS)
+
+
+EXPORTS = {      # what later pages and users rely on
+    'core': 'TEXTS load_text set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
+    'words': 'SPLIT_PATTERN split_words Vocabulary WordTokenizer',
+    'bpe': 'GPT2_SPLIT count_pairs merge_pair train_merges BPETokenizer gpt2_tokenizer gpt2_encoding',
+}
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_nothing_that_others_use_has_gone(module):
+    exported = import_module(f'llmbook.{module}').__all__
+    assert not set(EXPORTS[module].split()) - set(exported)
+    assert not [name for name in exported if name.startswith('_')]
 
 
 def test_a_module_imports_only_earlier_pages():
@@ -129,8 +146,8 @@ def test_settings_and_project_agree():
     assert PROJECT['name'] == settings['lib_name'] and PROJECT['description'] == settings['description']
     assert PROJECT['requires-python'] == f">={settings['min_python']}"
     assert import_module('llmbook').__version__ == settings['version']
-    assert f"version: {settings['version']}" in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
-    assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f"version: {settings['version']}" in (ROOT/'CITATION.cff').read_text(encoding='utf-8').splitlines()
+    assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8').splitlines()
 
 
 def test_one_address():
@@ -156,11 +173,17 @@ def test_code_fits_its_column(page):
 
 
 @by_name
+def test_directives_are_known_and_stand_at_the_top(page):
+    for cell in read_notebook(page.read_text(encoding='utf-8')).cells:
+        if cell.cell_type == 'code': assert not re.search(r'^#\s*\|', cell.source, re.M), cell.source
+
+
+@by_name
 def test_pictures_are_described(page):
     for cell in code_cells(page):
         if not any('image/svg+xml' in o.get('data', {}) for o in cell.outputs): continue
         for directive in ('label: fig-', 'fig-cap: ', 'fig-alt: '):
-            assert f'#| {directive}' in cell.source, f'{page.stem}: no {directive} in\n{cell.source[:200]}'
+            assert re.search(rf'^#\| {directive}\S', cell.source, re.M), f'{page.stem}: no {directive} in\n{cell.source[:200]}'
 
 
 @by_name

@@ -11,7 +11,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-LOADS = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src'}
+LOADS = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src', 'object': 'data', 'embed': 'src'}
+OUTSIDE = re.compile(r'(?:url\(|@import)\s*["\']?(?:https?:)?//[^)"\']+')
 
 
 class PageReader(HTMLParser):
@@ -19,16 +20,19 @@ class PageReader(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.loads, self.links, self.anchors, self.faults, self.text, self.quiet = [], [], set(), [], [], 0
+        self.loads, self.links, self.anchors, self.faults, self.text, self.quiet, self.style = [], [], set(), [], [], 0, False
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         a = dict(attributes)
         if tag in ('script', 'style'): self.quiet += 1
+        self.style = tag == 'style'
         if 'id' in a: self.anchors.add(a['id'])
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
         url = a.get(LOADS.get(tag, ''))
         if url and not (tag == 'link' and a.get('rel') in ('canonical', 'next', 'prev', 'search', 'index', 'author')): self.loads.append(url)
+        self.loads += [part.split()[0] for part in (a.get('srcset') or '').split(',') if part.strip()]
+        self.faults += [f'loads {found} from outside' for found in OUTSIDE.findall(a.get('style') or '')]
         if tag == 'img' and not a.get('alt'): self.faults.append(f"picture without alt text: {url}")
         if tag == 'svg' and 'llm-picture' in (a.get('class') or '') and not a.get('aria-label'): self.faults.append('drawing without a description')
 
@@ -36,6 +40,7 @@ class PageReader(HTMLParser):
         if tag in ('script', 'style'): self.quiet -= 1
 
     def handle_data(self, data):
+        self.faults += [f'loads {found} from outside' for found in OUTSIDE.findall(data) if self.style]
         if not self.quiet: self.text.append(data)
 
 
@@ -72,8 +77,8 @@ def check(book: Path) -> list[str]:
                 there = pages.get(target.resolve().relative_to(book.resolve()).as_posix())
                 if there and unquote(parts.fragment) not in there.anchors: faults.append(f'{name}: no such place on the page: {url}')
     for style in book.rglob('*.css'):
-        for url in re.findall(r'url\(\s*["\']?(https?:)?//[^)]*', style.read_text(encoding='utf-8', errors='replace')):
-            faults.append(f'{style.relative_to(book)}: loads {url} from outside')
+        for found in OUTSIDE.findall(style.read_text(encoding='utf-8', errors='replace')):
+            faults.append(f'{style.relative_to(book)}: loads {found} from outside')
     return faults
 
 

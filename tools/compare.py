@@ -10,6 +10,7 @@ RTOL = 1e-3
 FLOAT = re.compile(r'(?<![\w.])[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)'
                    r'(?![\d.]*\d)(?!\w)')        # not in v1.2 or 2.13.0
 TAG = re.compile(r'(?P<name>uncompared|rtol)(?:=(?P<value>[^:]*))?(?::\s*(?P<reason>.*))?$')
+KNOWN_TAGS = {'raises-exception', 'remove-cell', 'remove-input', 'readme-skip'}
 PICTURES = {'image/png', 'image/jpeg', 'image/gif', 'application/pdf'}
 
 
@@ -88,8 +89,9 @@ def read_tags(tags: list[str], source: str = '') -> tuple[float, str | None]:
     "The tolerance that a cell's tags ask for, and the reason why its outputs are not compared (or None)."
     rtol, uncompared = RTOL, None
     for tag in tags:
-        if tag.startswith('nbval'): raise ValueError(f'tag {tag!r}: use `uncompared: why` or `rtol=0.05: why`')
-        if not tag.startswith(('uncompared', 'rtol')): continue
+        if tag in KNOWN_TAGS or tag.startswith('fold: '): continue
+        if not tag.startswith(('uncompared', 'rtol')):
+            raise ValueError(f'tag {tag!r} is not known; there are {sorted(KNOWN_TAGS)}, `fold: …`, `uncompared: why` and `rtol=0.05: why`')
         m = TAG.match(tag)
         if not m or len((m['reason'] or '').split()) < 3:
             raise ValueError(f'tag {tag!r} gives no reason: write `uncompared: why` or `rtol=0.05: why`')
