@@ -49,4 +49,4 @@ bench: $(READY)
 	$(PY) benchmarks/bpe.py
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('_build', 'build', 'dist', '_proc')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('_build', 'build', 'dist', 'llmbook.egg-info', '.pytest_cache', '.hypothesis')]"

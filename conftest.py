@@ -1,9 +1,11 @@
 """Teach nbval to read nbdev's notebooks and to compare with `tools.compare`; count the cells of every page."""
-import json, os, re
+import atexit, json, os, re, shutil, tempfile, time
 from collections import Counter, defaultdict
 from pathlib import Path
+from queue import Empty
 
 import pytest
+from hypothesis import settings
 from nbval import plugin
 from nbval.kernel import RunningKernel
 from tools.compare import Mismatch, compare_outputs, read_tags
@@ -11,6 +13,10 @@ from tools.compare import Mismatch, compare_outputs, read_tags
 ROOT = Path(__file__).parent
 LEDGER = ROOT/'tests'/'ledger.json'
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='llmbook-')     # the cells stay out of the reader's own history
+atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
+settings.register_profile('book', derandomize=True, deadline=None)
+settings.load_profile('book')
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
 BUCKETS = 'exact', 'within tolerance', 'uncompared', 'silent', 'not run'
 
@@ -22,6 +28,7 @@ def setup(self, setup=plugin.IPyNbCell.setup):
     self.cell.execution_count = 1      # nbdev_clean stores none, which nbval takes for "never run"
     if re.search(r'^#\s*\|\s*eval:\s*false', self.cell.source, re.M):
         if self.cell.outputs: self.raise_cell_error('a cell that is never run has a stored output')
+        if not self.uncompared: self.raise_cell_error('a cell that is never run needs a tag `uncompared: why`')
         self.user_properties.append(('page', [self.path.stem, 'not run']))
         pytest.skip('#| eval: false')
 
@@ -37,9 +44,19 @@ def compare(self, test, ref, skip_compare=None):
 
 
 def collect(self, collect=plugin.IPyNbFile.collect):
-    "The ledger first, then every cell."
+    "The ledger first, then every code cell."
     yield Ledger.from_parent(self, name='ledger')
     yield from collect(self)
+
+
+def await_reply(self, msg_id, timeout=None, await_reply=RunningKernel.await_reply):
+    "Wait for the cell to end, and notice within a second if its kernel has died."
+    end = time.monotonic() + (timeout or float('inf'))
+    while True:
+        try: return await_reply(self, msg_id, timeout=1)
+        except Empty:
+            if not self.is_alive(): raise RuntimeError('the kernel died while it ran this cell') from None
+            if time.monotonic() > end: raise
 
 
 def execute_cell_input(self, source, allow_stdin=None):
@@ -49,26 +66,21 @@ def execute_cell_input(self, source, allow_stdin=None):
 
 plugin.IPyNbCell.setup, plugin.IPyNbCell.compare_outputs = setup, compare
 plugin.IPyNbFile.collect = collect
-RunningKernel.execute_cell_input = execute_cell_input
+RunningKernel.execute_cell_input, RunningKernel.await_reply = execute_cell_input, await_reply
 
 
 class Ledger(pytest.Item):
-    "The cells that have an output are those of the ledger, which `tools.pages` writes with the outputs."
+    "The code cells of the page are those of the ledger, which `tools.pages` writes with the outputs."
 
     def runtest(self):
         page = Path(self.path)
         expected = json.loads(LEDGER.read_text(encoding='utf-8')).get(page.stem, [])
-        found = cells_with_output(json.loads(page.read_text(encoding='utf-8')))
+        found = [c['id'] for c in json.loads(page.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
         gone, new = [c for c in expected if c not in found], [c for c in found if c not in expected]
-        assert found == expected, f'{page.name}: cells with an output gone: {gone}, new: {new}; see CONTRIBUTING.md'
+        assert found == expected, f'{page.name}: code cells gone: {gone}, new: {new}; run `make pages PAGE={page.stem}` if you meant it'
 
     def repr_failure(self, excinfo): return str(excinfo.value)
     def reportinfo(self): return self.path, 0, f'{self.path.name}::ledger'
-
-
-def cells_with_output(nb: dict) -> list[str]:
-    "Ids of the code cells that store an output, in order."
-    return [c['id'] for c in nb['cells'] if c['cell_type'] == 'code' and c['outputs']]
 
 
 def pytest_terminal_summary(terminalreporter):

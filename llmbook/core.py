@@ -19,7 +19,7 @@ if TYPE_CHECKING:          # imported by the functions that need them
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/00_start.ipynb #d6b42b3e
+# %% ../nbs/00_start.ipynb #5b71fb6d
 TEXTS = {
     "the-verdict": "Edith Wharton, The Verdict (1908)",
     "shakespeare": "nine plays by William Shakespeare",
@@ -29,28 +29,30 @@ def load_text(
     name: str = "the-verdict", # one of the keys of `TEXTS`
 ) -> str: # the whole text, without its one final newline
     "Read a text that comes with the package."
-    if name not in TEXTS:
+    if not isinstance(name, str) or name not in TEXTS:
         raise ValueError(f"name={name!r} is not a bundled text; there are "
                          f"{', '.join(map(repr, TEXTS))}. For a file of your "
                          "own: pathlib.Path(...).read_text(encoding='utf-8')")
     path = files("llmbook") / "assets" / f"{name}.txt"
     return path.read_bytes().decode("utf-8").removesuffix("\n")
 
-# %% ../nbs/00_start.ipynb #f2713ad2
+# %% ../nbs/00_start.ipynb #4403faf9
 def set_seed(
     seed: int = 123, # from 0 to 2**32 - 1; for every device of PyTorch
 ) -> None:
     "Start the random generators of Python, NumPy and PyTorch at `seed`."
     import numpy as np
     import torch
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    whole = hasattr(seed, "__index__") and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not a whole number from 0 to "
                          f"{2**32 - 1}; try seed=123")
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_start.ipynb #4defc204
+# %% ../nbs/00_start.ipynb #f5a60e87
 def device_fault(
     device: str, # a PyTorch device such as "cuda", "mps" or "cpu"
 ) -> str | None: # what is wrong with the device; None if it computes right
@@ -65,7 +67,7 @@ def device_fault(
     try:
         error = (work(device) - work("cpu")).abs().max().item()
     except Exception as e:
-        return f"fails with {type(e).__name__}: {str(e).splitlines()[0]}"
+        return f"fails with {type(e).__name__}: {str(e).partition(chr(10))[0]}"
     if not error < 1e-3:
         return f"computes wrong numbers (off by {error:.1e})"
     return None
@@ -115,11 +117,14 @@ PALETTE = {
     "paper": "#ffffff",     # the ground
 }
 
-# %% ../nbs/00_start.ipynb #9059e047
+# %% ../nbs/00_start.ipynb #41eae093
 def _paint(
     role: str, # a key of `PALETTE`
 ) -> str: # a CSS colour that the book's theme may replace
     "The colour of `role`, as a CSS variable with the palette's as default."
+    if role not in PALETTE:
+        raise ValueError(f"{role!r} is not a colour of the book; there are "
+                         f"{', '.join(PALETTE)}")
     return f"var(--llm-{role}, {PALETTE[role]})"
 
 class Picture:
@@ -147,7 +152,8 @@ class Picture:
         path: str, # a file name that ends in .svg
     ) -> None:
         "Write the drawing to a file."
-        with open(path, "w", encoding="utf-8") as f: f.write(self.svg)
+        data = self.svg.encode("utf-8")
+        with open(path, "wb") as file: file.write(data)
 
 def _label(
     x: float, y: float, # where: the middle of the text, on its base line
@@ -171,7 +177,7 @@ def _box(
             f'height="{height:.4g}" rx="5" fill="{_paint(color)}" '
             f'fill-opacity="{strength:.3g}" stroke="{_paint(color)}"/>')
 
-# %% ../nbs/00_start.ipynb #0b122d4e
+# %% ../nbs/00_start.ipynb #1594f720
 DARK = f' style="fill: {PALETTE["ink"]}"'   # on yellow, in both themes
 
 def visible(
@@ -183,7 +189,8 @@ def visible(
         except UnicodeDecodeError:
             return "".join(f"\\x{byte:02x}" for byte in token)
     signs = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-    hidden = lambda c: unicodedata.category(c) in ("Cc", "Cs")
+    kinds = "Cc", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"     # control … blank
+    hidden = lambda c: unicodedata.category(c) in kinds
     return "".join(signs.get(c, ascii(c)[1:-1] if hidden(c) else c)
                    for c in token) or "∅"
 
@@ -202,6 +209,7 @@ def show_tokens(
 ) -> Picture: # as many rows as needed
     "Draw tokens as boxes, with their ids below."
     tokens, marked = [visible(t) for t in tokens], set(focus)
+    if hasattr(ids, "tolist"): ids = ids.tolist()
     if ids is not None and len(ids) != len(tokens):
         raise ValueError(f"ids has {len(ids)} numbers for {len(tokens)} "
                          "tokens; pass one for each token, or ids=None")
@@ -224,7 +232,7 @@ def show_tokens(
         used = max(used, x)
     return Picture("".join(parts), used, y + row)
 
-# %% ../nbs/00_start.ipynb #1d805dc8
+# %% ../nbs/00_start.ipynb #566c206c
 def show_heatmap(
     values: "torch.Tensor | Sequence[Sequence[float]]", # (R, C), none below 0
     rows: Sequence[str], # R names, from the top
@@ -236,16 +244,20 @@ def show_heatmap(
 ) -> Picture: # rows and columns named, full colour for the largest value
     "Draw a table of numbers as squares of stronger and weaker colour."
     table = [[float(v) for v in row] for row in values]
+    if not rows or not columns:
+        raise ValueError("show_heatmap needs at least one row and one column")
     if [len(r) for r in table] != [len(columns)] * len(rows):
         raise ValueError(f"values has rows of {[len(r) for r in table]} for "
                          f"{len(rows)} rows and {len(columns)} columns; "
                          "name every row and every column")
-    if low := min((v for r in table for v in r if not v >= 0), default=0):
-        raise ValueError(f"values holds {low}; only numbers >= 0 are drawn")
-    names = [[visible(name) for name in axis] for axis in (rows, columns)]
+    for value in (v for row in table for v in row):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"values holds {value}; only finite numbers "
+                             ">= 0 are drawn")
+    names = [[visible(str(n)) for n in axis] for axis in (rows, columns)]
     left = 12 + 7.5 * max(map(_letters, names[0]))
     top = (26 if title else 4) + 20
-    cell = min(58.0, (width - left - 4) / len(columns))
+    cell = max(22.0, min(58.0, (width - left - 4) / len(columns)))
     width = left + cell * len(columns) + 4
     tall, most = min(cell, 34.0), max(max(r) for r in table) or 1.0
     parts = [_label(width / 2, 17, title, 14)] if title else []
@@ -267,7 +279,7 @@ def show_heatmap(
                                    'stroke-opacity="0.75"'))
     return Picture("".join(parts), width, top + len(table) * tall + 4)
 
-# %% ../nbs/00_start.ipynb #c7fc92ea
+# %% ../nbs/00_start.ipynb #c1be4406
 def _arrow(
     points: Sequence[tuple[float, float]], # corners; the last is the tip
     text: str = "", # written beside the first leg
@@ -295,6 +307,14 @@ def show_flow(
     width: float = 400, # of the whole drawing
 ) -> Picture: # boxes joined by arrows
     "Draw the steps of a process as boxes joined by arrows."
+    if not steps or per_row < 1 or not set(below) <= set(range(len(steps))):
+        raise ValueError("show_flow needs at least one step, per_row >= 1 and "
+                         f"boxes below steps that exist; got {len(steps)} "
+                         f"steps, per_row={per_row}, below={sorted(below)}")
+    if loop is not None and len(steps) != 2 * per_row:
+        raise ValueError(f"loop leads straight up from the last box, so there "
+                         f"must be {2 * per_row} steps in two rows of "
+                         f"{per_row}, not {len(steps)}")
     gap, tall, down = 28, 56, 44
     wide = (width - 6 - (per_row - 1) * gap) / per_row
     places = []
@@ -324,7 +344,7 @@ def show_flow(
                            loop, dashed=True))
     return Picture("".join(parts), width, bottom)
 
-# %% ../nbs/00_start.ipynb #803c16ec
+# %% ../nbs/00_start.ipynb #e7165866
 PLOT_STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "llmbook", "font.size": 13,
     "axes.titlesize": 14, "axes.labelsize": 13, "axes.spines.top": False,
@@ -366,11 +386,13 @@ def show_plot(
     svg = file.getvalue()
     width, height = map(float, re.search(
         r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    def tidy(tag):        # inside the tags; the words between stay as they are
+        tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0])
+        tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+        tag = re.sub(r' id="\w+_\d+"', "", tag).replace("xlink:href", "href")
+        for role, color in PALETTE.items():
+            tag = tag.replace(color, _paint(role))
+        return tag
     body = svg[svg.index(">", svg.index("<svg")) + 1:svg.rindex("</svg>")]
-    body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", body)
-    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    for role, color in PALETTE.items():
-        body = body.replace(color, _paint(role))
-    body = body.replace("xlink:href", "href")
-    return Picture(body, width, height)
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.S)
+    return Picture(re.sub(r"<[^>]*>", tidy, body), width, height)

@@ -5,23 +5,27 @@
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'split_words', 'Vocabulary', 'WordTokenizer']
 
-# %% ../nbs/02_words.ipynb #bab645f9
+# %% ../nbs/02_words.ipynb #8fda8f82
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from operator import index
 
 # %% ../nbs/02_words.ipynb #fcc092c2
 SPLIT_PATTERN = r"""([,.?_!"()\']|--|\s)"""  # punctuation, dashes, white space
 
-# %% ../nbs/02_words.ipynb #4195c61f
+# %% ../nbs/02_words.ipynb #fc883337
 def split_words(
     text: str, # what to cut
     pattern: str = SPLIT_PATTERN, # regular expression, in parentheses
 ) -> list[str]: # words and punctuation marks in order, no white space
     "Cut `text` at each match of `pattern`; keep all but the white space."
+    if (groups := re.compile(pattern).groups) != 1:
+        raise ValueError(f"pattern={pattern!r} has {groups} groups; put it "
+                         "in one pair of parentheses, others as (?:...)")
     return [piece for piece in re.split(pattern, text) if piece.strip()]
 
-# %% ../nbs/02_words.ipynb #0960d40e
+# %% ../nbs/02_words.ipynb #79c1c24e
 class Vocabulary:
     "Different words in a fixed order; the place of a word is its id."
     def __init__(
@@ -29,9 +33,12 @@ class Vocabulary:
         words: Iterable[str], # in any order; repeats count once
         specials: Sequence[str] = (), # marks that get the last ids, in order
     ):
-        ordinary = sorted(set(words) - set(specials))
+        if isinstance(specials, str):
+            raise TypeError(f"specials={specials!r} is one string; "
+                            f"give a list: [{specials!r}]")
         self.specials = tuple(specials)
-        self.words = [*ordinary, *specials]                  # id -> word
+        ordinary = sorted(set(words) - set(self.specials))
+        self.words = [*ordinary, *self.specials]             # id -> word
         self.ids = {w: i for i, w in enumerate(self.words)}  # word -> id
         if len(self.ids) < len(self.words):
             raise ValueError(f"specials={self.specials} names a mark twice")
@@ -39,7 +46,7 @@ class Vocabulary:
     def __len__(self): return len(self.words)
     def __contains__(self, word): return word in self.ids
 
-# %% ../nbs/02_words.ipynb #09f3d47d
+# %% ../nbs/02_words.ipynb #a453b0b0
 class WordTokenizer:
     "Words to ids and back; an unknown word is refused, or marked if told so."
     def __init__(
@@ -52,8 +59,10 @@ class WordTokenizer:
             raise ValueError(f"unknown={unknown!r} is not in the vocabulary; "
                              f"build it with specials=[{unknown!r}]")
         self.vocabulary, self.unknown = vocabulary, unknown
-        marks = [re.escape(mark) for mark in vocabulary.specials]
-        self.pattern = "|".join([*(f"({mark})" for mark in marks), pattern])
+        split_words("", pattern)       # refuses a pattern that cannot serve
+        longest_first = sorted(vocabulary.specials, key=len, reverse=True)
+        marks = [f"({re.escape(mark)})" for mark in longest_first]
+        self.pattern = "|".join([*marks, pattern])
 
     @property
     def vocab_size(self) -> int: # number of ids
@@ -86,10 +95,10 @@ class WordTokenizer:
     ) -> str: # words joined by single spaces, none before closing punctuation
         "The words of `ids` as a text; the original white space is lost."
         words, size = self.vocabulary.words, self.vocab_size
-        ids = [int(i) for i in ids]
+        ids = [index(i) for i in ids]              # refuses 0.9 and "1"
         for place, i in enumerate(ids):
             if not 0 <= i < size:
                 raise ValueError(f"id {i} at place {place} is not in the "
                                  f"vocabulary; ids run from 0 to {size - 1}")
         text = " ".join(words[i] for i in ids)
-        return re.sub(r"""\s+([,.:;?!)"'])""", r"\1", text)
+        return re.sub(r"""\s+([,.?!)"'])""", r"\1", text)

@@ -276,11 +276,11 @@ def test_refusals():
     train, encode, decode = BPETokenizer.train, OURS.encode, OURS.decode
     for call in (encode, OURS.encode_ordinary, lambda t: train(t, 300)):
         refused(ValueError, r"text\[2\] is '\\ud800', half of a surrogate pair.*repair", call, "ab\ud800c")
-        refused(TypeError, "text must be a str, got bytes; decode", call, b"abc")
+        refused(TypeError, "text must be a str, got bytes; decode it", call, b"abc")
         refused(TypeError, "text must be a str, got NoneType", call, None)
     refused(TypeError, "allowed_special='<.endoftext.>' is one string; give a set", encode, "a", EOT)
     refused(ValueError, "allowed_special names '<x>'; this tokenizer has", encode, "a", {"<x>"})
-    refused(ValueError, "ids holds 50257; allowed are 0 to 50256", decode, [1, 50_257])
+    refused(ValueError, "ids holds 50257; allowed are whole numbers from 0 to 50256", decode, [1, 50_257])
     refused(ValueError, "ids holds -1; allowed", decode, [-1])
     refused(TypeError, "row of whole numbers.*row by row", decode, [[1, 2], [3]])
     refused(TypeError, "row of whole numbers", decode, 5)
@@ -295,9 +295,16 @@ def test_refusals():
         refused(TypeError, "is one string; give a tuple", make, EOT)
         refused(ValueError, "empty string", make, ("",))
         refused(ValueError, "names a token twice", make, ("<a>", "<a>"))
-        refused(TypeError, "text must be a str", make, (5,))
+        refused(TypeError, "a special token must be a str, got int", make, (5,))
+        refused(ValueError, r"a special token\[0\] is '\\ud800'", make, ("\ud800",))
+        for kind in (set, iter): refused(TypeError, "give a tuple, because the order decides the ids", make, kind(["<a>"]))
     refused(ValueError, r"merge 1 joins ids \(257, 97\); allowed are ids.* 0 to 256", BPETokenizer, [(97, 98), (257, 97)])
     refused(ValueError, r"merge 0 joins ids \(-1, 97\)", BPETokenizer, [(-1, 97)])
+    for bad in ((1, 2, 3), "ab", (97.0, 98.0), 5): refused(TypeError, "merge 0 is .* give a pair of ids", BPETokenizer, [bad])
+    refused(TypeError, "allowed_special is a generator; give a set", encode, "a", (t for t in [EOT]))
+    refused(TypeError, "allowed_special is a NoneType", encode, "a", None)
+    for errors in (None, "nope"): refused(ValueError, "errors=.* is not known", decode, [40], errors)
+    refused(ValueError, "vocab_size=.* is too large", train, "abab", 2**70)
     refused(ValueError, r"merge 1, \(97, 98\), makes b'ab', which is id 256", BPETokenizer, [(97, 98), (97, 98)])
     refused(ValueError, "makes b'abc', which is id 258", BPETokenizer, [(97, 98), (98, 99), (256, 99), (97, 257)])
     refused(ValueError, "byte_order must hold each of the 256 bytes once, got 1 distinct ones in 256", BPETokenizer, [], (), bytes(256))
@@ -361,6 +368,29 @@ def test_failed_write_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"): OURS.save(path)
     assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["tok.json"]
 
+def test_failed_rename_leaves_the_old_file(saved, monkeypatch):
+    tok, path = saved
+    old = path.read_bytes()
+    def fail(*args): raise OSError("busy")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="busy"): OURS.save(path)
+    assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["tok.json"]
+
+@pytest.mark.skipif(os.name == "nt", reason="links and modes of POSIX")
+def test_links_and_modes_are_kept(saved):
+    tok, path = saved
+    link = path.with_name("link.json")
+    link.symlink_to(path)
+    path.chmod(0o600)
+    tok.save(link)
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+
+def test_many_threads_save_and_load_one_file(saved):
+    from concurrent.futures import ThreadPoolExecutor
+    tok, path = saved
+    def work(_): tok.save(path); return BPETokenizer.load(path).merges == tok.merges
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(work, range(60)))
+
 def damage(**changes):
     def apply(text):
         data = json.loads(text)
@@ -371,6 +401,8 @@ def damage(**changes):
     return apply
 DAMAGE = {
     "empty": (lambda t: "", "no tokenizer file"),
+    "deep": (lambda t: "[" * 100_000, "recursion"),
+    "version of another type": (damage(version=True), "version True is not supported"),
     "text": (lambda t: "hello", "no tokenizer file"),
     "other json": (lambda t: '{"a": 1}', "no tokenizer file: 'format'"),
     "list": (lambda t: "[1]", "no tokenizer file: 'format'"),

@@ -15,6 +15,13 @@ def test_texts_lose_one_final_newline_only():
     with pytest.raises(ValueError, match="'hamlet'.*'the-verdict', 'shakespeare'"): load_text('hamlet')
 
 
+def test_only_one_newline_is_dropped(monkeypatch, tmp_path):
+    (tmp_path/'assets').mkdir()
+    (tmp_path/'assets'/'the-verdict.txt').write_bytes(' é \n\n'.encode())
+    monkeypatch.setattr(core, 'files', lambda package: tmp_path)
+    assert load_text('the-verdict') == ' é \n'
+
+
 def test_one_seed_for_three_generators():
     def draw(): return random.random(), float(np.random.rand()), float(torch.rand(1))
     set_seed(7)
@@ -22,7 +29,9 @@ def test_one_seed_for_three_generators():
     assert draw() != first
     set_seed(7)
     assert draw() == first
-    for bad in (-1, 2**32, 1.5, '7', None):
+    set_seed(np.int64(7))
+    assert draw() == first
+    for bad in (-1, 2**32, 1.5, '7', None, True):
         with pytest.raises(ValueError, match='try seed=123'): set_seed(bad)
 
 
@@ -65,6 +74,11 @@ def test_a_device_that_computes_wrong_numbers_is_passed_over(monkeypatch):
     assert lines[1].startswith('mps: passed over, it computes wrong numbers (off by')
 
 
+def test_an_error_without_a_word_is_a_fault(monkeypatch):
+    monkeypatch.setattr(torch, 'linspace', WrongOn({'mps': MemoryError()}))
+    assert device_fault('mps') == 'fails with MemoryError: '
+
+
 def test_not_a_number_is_a_fault(monkeypatch):
     monkeypatch.setattr(torch, 'linspace', WrongOn({'mps': float('nan')}))
     assert 'wrong numbers' in device_fault('mps')
@@ -93,9 +107,10 @@ def parts(picture, tag): return list(ET.fromstring(picture.svg).iter('{http://ww
 
 
 def test_pictures_are_xml_and_carry_hostile_text():
-    for token in ('<b>&"', "'", '🍵', 'e\u0301', '日', b'\xf0\x9f', '', ' \n\t\r', '\x00'):
+    for token in ('<b>&"', "'", '🍵', 'e\u0301', '日', b'\xf0\x9f', '', ' \n\t\r', '\x00', '\u2028', '\ufffe', '\u00a0', '\ue000'):
         texts = [t.text for t in parts(show_tokens([token], ids=[3]), 'text')]
-        assert len(texts) == 2 and texts[0] and texts[1] == '3'
+        assert len(texts) == 2 and texts[0].strip() and texts[1] == '3'
+    assert [t.text for t in parts(show_tokens('ab', torch.tensor([5, 7])), 'text')] == ['a', '5', 'b', '7']
 
 
 def test_tokens_break_into_rows_inside_the_width():
@@ -112,6 +127,12 @@ def test_the_strongest_colour_is_the_largest_number():
     assert strength == [0, 0.25, 1, 0.5, 0.75, 0.125]
     with pytest.raises(ValueError, match='name every row'): show_heatmap([[1, 2]], 'a', 'b')
     assert show_heatmap([[0, 0]], 'a', 'bc').height > 0
+    wide = show_heatmap([[1] * 60], ['x' * 100], range(60))
+    assert all(float(b.get('width')) > 0 for b in parts(wide, 'rect')) and wide.width > 1000
+    for bad in (float('nan'), float('inf'), -1):
+        with pytest.raises(ValueError, match='only finite numbers'): show_heatmap([[1, bad]], 'a', 'bc')
+    with pytest.raises(ValueError, match='at least one row'): show_heatmap([], '', '')
+    with pytest.raises(ValueError, match="'pink' is not a colour of the book"): show_heatmap([[1]], 'a', 'b', color='pink')
 
 
 def test_flow_stays_inside_its_picture():
@@ -121,6 +142,19 @@ def test_flow_stays_inside_its_picture():
         assert len(boxes) == n and len(parts(picture, 'polygon')) == n - 1 + (n == 6)
         assert all(0 <= float(b.get('x')) and float(b.get('x')) + float(b.get('width')) <= picture.width for b in boxes)
         assert all(float(b.get('y')) + float(b.get('height')) <= picture.height for b in boxes)
+
+
+def test_flow_refuses_what_it_cannot_draw():
+    step = ('step', 'note', 'token')
+    for bad in (dict(steps=[]), dict(steps=[step], per_row=0), dict(steps=[step], below={1: step}), dict(steps=[step] * 5, loop='x')):
+        with pytest.raises(ValueError, match='steps'): show_flow(**bad)
+
+
+def test_plots_keep_their_words_and_numbers():
+    figure, axes = new_plot('rate 0.0004', 'colour #0072b2 <b>', title='loss 0.0012')
+    axes.plot([0.001, 0.002, 0.003])
+    texts = {t.text for t in parts(show_plot(figure), 'text')}
+    assert {'rate 0.0004', 'colour #0072b2 <b>', 'loss 0.0012'} <= texts and any('0.002' in t for t in texts if t)
 
 
 def test_plots_are_the_same_every_time_and_follow_the_theme():

@@ -153,8 +153,8 @@ def test_settings_and_project_agree():
 def test_one_address():
     "Every link to the repository is the one that settings.ini states."
     url, found = CONFIG['DEFAULT']['git_url'], {}
-    for path in [*ROOT.glob('*.*'), *NOTEBOOKS, *(ROOT/'nbs'/'api').glob('*')]:
-        if path.suffix in ('.ipynb', '.md', '.yml', '.toml', '.ini', '.cff'):
+    for path in [*ROOT.glob('*.*'), *(ROOT/'nbs').rglob('*.*'), *(ROOT/'.github').rglob('*.yml'), *(ROOT/'.binder').glob('*')]:
+        if path.suffix in ('.ipynb', '.md', '.yml', '.toml', '.ini', '.cff', '.txt'):
             found |= {m: path.name for m in re.findall(r'https://github\.com/[\w-]+/llmbook', path.read_text(encoding='utf-8'))}
     assert set(found) == {url}, found
 

@@ -3,7 +3,7 @@ import re
 from itertools import accumulate
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from llmbook.core import load_text
 from llmbook.words import SPLIT_PATTERN, Vocabulary, WordTokenizer, split_words
 
@@ -20,6 +20,7 @@ def test_splitting_loses_white_space_only(text):
 
 
 @given(st.lists(st.integers(0, LENIENT.vocab_size - 1)))
+@example([8, 8])
 def test_ids_survive_the_trip_through_text(ids):
     assert LENIENT.encode(LENIENT.decode(ids)) == ids
 
@@ -49,7 +50,16 @@ def test_ids_outside_the_vocabulary():
 def test_marks_are_never_cut_apart():
     ids = LENIENT.vocabulary.ids
     assert LENIENT.encode('the<|endoftext|>the') == [ids['the'], ids['<|endoftext|>'], ids['the']]
-    assert WordTokenizer(Vocabulary(['a'], ['<a.b>', '<a.b>c'][:1])).encode('a<a.b>a') == [0, 1, 0]
+    assert WordTokenizer(Vocabulary(['a'], ['<a.b>', '<a.b>c'])).encode('a<a.b>a<a.b>ca') == [0, 1, 0, 2, 0]
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match=r"give a list: \['<\|unk\|>'\]"): Vocabulary(['a'], '<|unk|>')
+    assert Vocabulary(['a'], (mark for mark in MARKS)).words == ['a', *MARKS]
+    for pattern in (r'((,)|\s)', r',', r'(,)|( )'):
+        with pytest.raises(ValueError, match='groups; put it in one pair'): WordTokenizer(Vocabulary('ab'), pattern=pattern)
+    for bad in ([0.9], '01', ['1']):
+        with pytest.raises(TypeError): LENIENT.decode(bad)
 
 
 def test_the_vocabulary_depends_on_the_text_alone():

@@ -3,7 +3,7 @@
 A warning of the build is an error. Then every page must be there, every link lead somewhere, nothing be loaded from
 outside, and every picture be described; the exit code is 1 and the faults are listed if not.
 """
-import re, subprocess, sys
+import re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -84,6 +84,7 @@ def check(book: Path) -> list[str]:
 
 def main():
     # all pages anew, because an unchanged page keeps its warnings to itself
+    shutil.rmtree(ROOT/'_build'/'html', ignore_errors=True)      # nor may a page of a former build hide a dead link
     build = [sys.executable, '-c', 'from jupyter_book.cli.main import main; main()', 'build', '.', '--all', '-W', '-n', '--keep-going']
     if code := subprocess.run(build, cwd=ROOT).returncode: sys.exit(code)
     if faults := check(ROOT/'_build'/'html'): sys.exit('\n'.join([f'{len(faults)} faults in the book:', *faults]))

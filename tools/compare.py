@@ -1,14 +1,14 @@
 """Compare the outputs stored in a notebook with the outputs of a new run.
 
-Words and integers must be equal. A float may differ by one unit of its last printed digit or by `RTOL` of its
-value, whichever is larger; `-0.0` equals `0.0`. A cell asks for more room only by a tag that gives a reason:
+Words and integers must be equal. A float may differ by one unit of its last printed decimal or by `RTOL` of its
+value, whichever is larger (by `RTOL` alone if it has no decimals, as in `1.`); `-0.0` equals `0.0`. A cell asks for more room only by a tag that gives a reason:
 `rtol=0.05: why` widens the tolerance of its floats, `uncompared: why` leaves its outputs out.
 """
-import re
+import math, re
 
 RTOL = 1e-3
-FLOAT = re.compile(r'(?<![\w.])[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)'
-                   r'(?![\d.]*\d)(?!\w)')        # not in v1.2 or 2.13.0
+FLOAT = re.compile(r'(?<![\w.#])[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)'
+                   r'(?![\d.]*\d)(?!\w)')        # not in v1.2, 2.13.0 or #6e7781
 TAG = re.compile(r'(?P<name>uncompared|rtol)(?:=(?P<value>[^:]*))?(?::\s*(?P<reason>.*))?$')
 KNOWN_TAGS = {'raises-exception', 'remove-cell', 'remove-input', 'readme-skip'}
 PICTURES = {'image/png', 'image/jpeg', 'image/gif', 'application/pdf'}
@@ -19,15 +19,16 @@ class Mismatch(AssertionError):
 
 
 def last_digit(number: str) -> float:
-    "The unit of the last digit printed in `number`: 0.0001 for `1.6755`, 1e-7 for `1.68e-5`."
+    "The unit of the last decimal printed in `number`: 0.0001 for `1.6755`, 1e-7 for `1.68e-5`, 0 for `1.` and `1e-5`."
     mantissa, _, exponent = number.lower().partition('e')
     decimals = len(mantissa.partition('.')[2])
-    return 10.0 ** (int(exponent or 0) - decimals)
+    return float(f'1e{int(exponent or 0) - decimals}') if decimals else 0.0
 
 
 def close(stored: str, new: str, rtol: float = RTOL) -> bool:
     "Whether two printed floats agree within the last digit of `stored` or `rtol`, whichever is larger."
     a, b = float(stored), float(new)
+    if not (math.isfinite(a) and math.isfinite(b)): return stored == new
     room = max(last_digit(stored), rtol * abs(a))
     return abs(a - b) <= room * (1 + 1e-9)
 

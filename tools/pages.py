@@ -1,15 +1,15 @@
 """Run pages and store their outputs: `python -m tools.pages [name …]`, all pages without a name.
 
-Exports the modules, runs each notebook in this environment, cleans it, and writes which cells have an output to
+Exports the modules, runs each notebook in this environment, cleans it, and lists its code cells in
 `tests/ledger.json`. A page that fails is left as it was.
 """
-import argparse, json, os, re, subprocess, sys, time
+import argparse, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import KernelManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT/'tests'/'ledger.json'
@@ -26,25 +26,25 @@ def tidy(outputs: list) -> list:
 
 
 def run(page: Path) -> list[str]:
-    "Run the notebook `page` in place; returns the ids of its cells that have an output."
+    "Run the notebook `page` in place; returns the ids of its code cells."
     nb = nbformat.read(page, as_version=4)
     for cell in nb.cells:
         if re.search(r'^#\s*\|\s*eval:\s*false', cell.source, re.M): cell.metadata.setdefault('tags', []).append('skip-execution')
-    env = {**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT)}
-    manager = KernelManager()
+    manager = AsyncKernelManager()
     manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
     client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
-    client.execute(env=env)
+    with tempfile.TemporaryDirectory(prefix='llmbook-') as home:     # the cells stay out of the reader's own history
+        client.execute(env={**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': home})
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = tidy(cell.outputs)
     nbformat.write(nb, page)
-    return [c.id for c in nb.cells if c.cell_type == 'code' and c.outputs]
+    return [c.id for c in nb.cells if c.cell_type == 'code']
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('pages', nargs='*', help='names such as 03_bpe (default: every page)')
-    names = parser.parse_args().pages or [p.stem for p in sorted((ROOT/'nbs').glob('*.ipynb'))]
+    names = [n.removesuffix('.ipynb') for n in parser.parse_args().pages] or [p.stem for p in sorted((ROOT/'nbs').glob('*.ipynb'))]
     missing = [n for n in names if not (ROOT/'nbs'/f'{n}.ipynb').exists()]
     if missing: parser.error(f'no such page: {", ".join(missing)}; there are {[p.stem for p in sorted((ROOT/"nbs").glob("*.ipynb"))]}')
     nbdev = lambda command: subprocess.run([sys.executable, '-c', f'from nbdev.cli import {command}; {command}()'], cwd=ROOT, check=True)
@@ -53,8 +53,8 @@ def main():
     for name in names:
         start = time.perf_counter()
         try: ledger[name] = run(ROOT/'nbs'/f'{name}.ipynb')
-        except CellExecutionError as e: failed.append(name); print(f'{name}: failed\n{e}', file=sys.stderr)
-        else: print(f'{name}: {len(ledger[name])} outputs in {time.perf_counter() - start:.1f} s')
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: failed.append(name); print(f'{name}: failed\n{e}', file=sys.stderr)
+        else: print(f'{name}: {len(ledger[name])} code cells in {time.perf_counter() - start:.1f} s')
     pages = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}
     LEDGER.write_text(json.dumps({k: v for k, v in sorted(ledger.items()) if k in pages}, indent=1) + '\n', encoding='utf-8', newline='\n')
     nbdev('nbdev_clean')
