@@ -183,7 +183,7 @@ def merge_long_word(
         note(i, after[i])
     return [i for i in ids if i is not None]
 
-# %% ../nbs/03_bpe.ipynb #d1bf4bdd
+# %% ../nbs/03_bpe.ipynb #6e250eb5
 class WordCache(dict):
     "A dict from words to their ids that works out a missing word."
     max_words = 2 ** 17    # then start again, so that memory is bounded
@@ -201,7 +201,7 @@ class WordCache(dict):
     def __missing__(self, word: str) -> list[int]:
         "Give a word that is a token its id, and merge any other."
         spelled = word.encode()
-        if spelled in self.id_of:       # merging would lead there too
+        if spelled in self.id_of:       # learned merges lead there too
             ids = [self.id_of[spelled]]
         else:
             ids = spelled.translate(self.id_of_byte)
