@@ -189,7 +189,7 @@ def test_pictures_are_described(page):
 @by_name
 def test_outputs_hold_no_path_of_a_machine(page):
     outputs = json.dumps([c.outputs for c in code_cells(page)])
-    assert not re.search(r'(/home/|/Users/|/tmp/|/root/|/work/|[A-Z]:\\\\)', outputs)
+    assert not re.search(rf'({re.escape(str(ROOT))}|/home/|/Users/|/tmp/|/root/|[A-Z]:\\\\)', outputs)
 
 
 @by_name
