@@ -35,7 +35,7 @@ def convert(cell) -> None:
     if 'fig-alt' in found: mystnb['image'] = {'alt': found['fig-alt']}
     for tag in list(tags):
         if m := re.match(r'(uncompared|rtol=[\d.]+): (.*)', tag):
-            room = 'Not compared' if m[1] == 'uncompared' else f'Compared within {float(m[1][5:]):.0%} of each value'
+            room = 'Not compared' if m[1] == 'uncompared' else f'Compared within {100 * float(m[1][5:]):g} % of each value'
             note = f'<p class="llm-note">{room}: {escape(m[2])}.</p>'
             cell.outputs.append(nbformat.v4.new_output('display_data', {'text/html': note}))
         if tag.startswith('fold: '):        # `fold: Show the drawing code` folds the code behind that line

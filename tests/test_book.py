@@ -23,6 +23,8 @@ def test_directives_become_tags_and_never_show():
     assert 'skip-execution' in read(new_code_cell('#| eval: false\nx'))[0].metadata.tags
     folded, = read(new_code_cell('x = 1', metadata={'tags': ['fold: Show the drawing code']}))
     assert 'hide-input' in folded.metadata.tags and folded.metadata.mystnb['code_prompt_show'] == 'Show the drawing code'
+    wider, = read(new_code_cell('x', metadata={'tags': ['rtol=0.005: dropout differs by platform']}))
+    assert 'within 0.5 % of each value: dropout' in wider.outputs[-1].data['text/html']
     assert read(new_markdown_cell('#| a heading'))[0].source == '#| a heading'
     assert split_directives('x = 1\n#| export') == ({}, 'x = 1\n#| export')
 

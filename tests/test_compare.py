@@ -77,7 +77,7 @@ PAGES = {       # name: (does it pass?, cells)
     'good': (True, [cell('21 * 2', text('42')), cell('print(1 / 3)', out('0.3334\n')), cell('x = 1;'), cell('x;'), cell('-0.0', text('0.0'))]),
     'error_of_its_type': (True, [cell('raise KeyError("x")', new_output('error', ename='KeyError', evalue="'x'", traceback=[]), tags=['raises-exception'])]),
     'uncompared': (True, [cell('import time; print(time.time())', out('0.1\n'), tags=['uncompared: it prints the time'])]),
-    'never_run': (True, [cell('#| eval: false\nraise SystemExit', tags=['uncompared: it needs a network'])]),
+    'never_run': (True, [cell('#| eval: false\nraise SystemExit', tags=['uncompared: it needs a network', 'skip-execution'])]),
     'never_run_without_reason': (False, [cell('#| eval: false\nassert False')]),
     'kernel_that_dies': (False, [cell('import os; os._exit(1)')]),
     'changed_integer': (False, [cell('21 * 2', text('43'))]),

@@ -10,7 +10,7 @@ RTOL = 1e-3
 FLOAT = re.compile(r'(?<![\w.#])[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)'
                    r'(?![\d.]*\d)(?!\w)')        # not in v1.2, 2.13.0 or #6e7781
 TAG = re.compile(r'(?P<name>uncompared|rtol)(?:=(?P<value>[^:]*))?(?::\s*(?P<reason>.*))?$')
-KNOWN_TAGS = {'raises-exception', 'remove-cell', 'remove-input', 'readme-skip'}
+KNOWN_TAGS = {'raises-exception', 'remove-cell', 'remove-input', 'readme-skip', 'skip-execution'}
 PICTURES = {'image/png', 'image/jpeg', 'image/gif', 'application/pdf'}
 
 

@@ -29,7 +29,9 @@ def run(page: Path) -> list[str]:
     "Run the notebook `page` in place; returns the ids of its code cells."
     nb = nbformat.read(page, as_version=4)
     for cell in nb.cells:
-        if re.search(r'^#\s*\|\s*eval:\s*false', cell.source, re.M): cell.metadata.setdefault('tags', []).append('skip-execution')
+        tags = cell.metadata.get('tags', [])
+        if re.search(r'^#\s*\|\s*eval:\s*false', cell.source, re.M) and 'skip-execution' not in tags:
+            cell.metadata['tags'] = [*tags, 'skip-execution']      # what nbclient and Jupyter understand
     manager = AsyncKernelManager()
     manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
     client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
