@@ -1,6 +1,7 @@
 # The book and its package. `make` alone says what there is.
 PYTHON ?= python3
 PORT ?= 8000
+DIR ?= nbs
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
 else
@@ -10,14 +11,15 @@ PY := $(BIN)/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab serve pages bench clean
+.PHONY: help book test lab student serve pages bench clean
 
 help:        ## this list
 	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
 	@echo "make test    prove everything: export, clean, every page, every stored output, tests/"
 	@echo "make serve   open the built book in a browser"
-	@echo "make lab     open the pages in JupyterLab"
+	@echo "make lab     open the pages in JupyterLab (DIR=_build/student for the student edition)"
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
+	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
 	@echo "make bench   measure the tokenizer beside its peers, in one run"
 	@echo "make clean   remove what was built; the environment in .venv stays"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
@@ -40,7 +42,10 @@ serve: $(READY)
 	$(PY) -m tools.serve $(PORT)
 
 lab: $(READY)
-	$(PY) -m jupyterlab nbs
+	$(PY) -m jupyterlab $(DIR)
+
+student: $(READY)
+	$(PY) -m tools.student
 
 pages: $(READY)
 	$(PY) -m tools.pages $(PAGE)

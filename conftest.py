@@ -15,9 +15,11 @@ LEDGER = ROOT/'tests'/'ledger.json'
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='llmbook-')     # the cells stay out of the reader's own history
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
+os.environ['LLMBOOK_PROGRESS'] = os.path.join(os.environ['IPYTHONDIR'], 'passed.json')     # and what they pass, out of theirs
 settings.register_profile('book', derandomize=True, deadline=None)
 settings.load_profile('book')
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+PROVED = 'exercises', 'checkers', 'wrong answers refused with their own hint', 'constant answers refused'
 BUCKETS = 'exact', 'within tolerance', 'uncompared', 'silent', 'not run'
 
 
@@ -84,18 +86,22 @@ class Ledger(pytest.Item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    "A table: how many cells of each page were compared, and how."
-    pages = defaultdict(Counter)
+    "Two tables: how many cells of each page were compared, and how; how many exercises were proved, and against what."
+    pages, proved = defaultdict(Counter), Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, 'when', None) not in ('call', 'setup'): continue
             for page, bucket in dict.fromkeys(tuple(v) for k, v in report.user_properties if k == 'page'):
                 pages[page][bucket] += 1
-    if not pages: return
-    terminalreporter.section('cells of every page')
-    row = '{:<20}' + '{:>18}' * len(BUCKETS)
-    terminalreporter.write_line(row.format('page', *BUCKETS))
-    for page, counts in sorted(pages.items()):
-        terminalreporter.write_line(row.format(page, *(counts[b] for b in BUCKETS)))
-    total = sum(pages.values(), Counter())
-    terminalreporter.write_line(row.format('all', *(total[b] for b in BUCKETS)))
+            if report.passed: proved.update({k: v for k, v in report.user_properties if k in PROVED})
+    if pages:
+        terminalreporter.section('cells of every page')
+        row = '{:<20}' + '{:>18}' * len(BUCKETS)
+        terminalreporter.write_line(row.format('page', *BUCKETS))
+        for page, counts in sorted(pages.items()):
+            terminalreporter.write_line(row.format(page, *(counts[b] for b in BUCKETS)))
+        total = sum(pages.values(), Counter())
+        terminalreporter.write_line(row.format('all', *(total[b] for b in BUCKETS)))
+    if proved:
+        terminalreporter.section('exercises')
+        terminalreporter.write_line(', '.join(f'{proved[what]} {what}' for what in PROVED))

@@ -10,7 +10,7 @@ TAGS = {
     'hide_output': 'remove-output', 'output:false': 'remove-output', 'eval:false': 'skip-execution',
 }
 KNOWN = {'default_exp', 'export', 'exporti', 'exports', 'hide', 'include', 'hide_input', 'echo', 'hide_output', 'output',
-         'eval', 'notest', 'slow', 'label', 'fig-cap', 'fig-alt'}
+         'eval', 'notest', 'slow', 'checker', 'label', 'fig-cap', 'fig-alt'}
 
 
 def split_directives(source: str) -> tuple[dict[str, str], str]:
@@ -31,7 +31,7 @@ def convert(cell) -> None:
     tags += [tag for key, value in found.items() if (tag := TAGS.get(key) or TAGS.get(f'{key}:{value.lower()}')) and tag not in tags]
     if not cell.source.strip(): tags.append('remove-cell')
     mystnb = cell.metadata.setdefault('mystnb', {})
-    if 'fig-cap' in found: mystnb['figure'] = {'caption': found['fig-cap'], 'name': found['label']}
+    if 'fig-cap' in found: mystnb['figure'] = {'caption': found['fig-cap'], **({'name': found['label']} if 'label' in found else {})}
     if 'fig-alt' in found: mystnb['image'] = {'alt': found['fig-alt']}
     for tag in list(tags):
         if m := re.match(r'(uncompared|rtol=[\d.]+): (.*)', tag):

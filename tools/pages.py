@@ -1,6 +1,6 @@
 """Run pages and store their outputs: `python -m tools.pages [name …]`, all pages without a name.
 
-Exports the modules, runs each notebook in this environment, cleans it, and lists its code cells in
+Exports the modules and the checkers, runs each notebook in this environment, cleans it, and lists its code cells in
 `tests/ledger.json`. A page that fails is left as it was.
 """
 import argparse, json, os, re, subprocess, sys, tempfile, time
@@ -10,6 +10,7 @@ import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from tools import exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT/'tests'/'ledger.json'
@@ -36,7 +37,7 @@ def run(page: Path) -> list[str]:
     manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
     client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
     with tempfile.TemporaryDirectory(prefix='llmbook-') as home:     # the cells stay out of the reader's own history
-        client.execute(env={**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': home})
+        client.execute(env={**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': home, 'LLMBOOK_PROGRESS': os.path.join(home, 'passed.json')})
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = tidy(cell.outputs)
     nbformat.write(nb, page)
@@ -51,6 +52,7 @@ def main():
     if missing: parser.error(f'no such page: {", ".join(missing)}; there are {[p.stem for p in sorted((ROOT/"nbs").glob("*.ipynb"))]}')
     nbdev = lambda command: subprocess.run([sys.executable, '-c', f'from nbdev.cli import {command}; {command}()'], cwd=ROOT, check=True)
     nbdev('nbdev_export')
+    exercises.main()
     ledger, failed = json.loads(LEDGER.read_text(encoding='utf-8')) if LEDGER.exists() else {}, []
     for name in names:
         start = time.perf_counter()
