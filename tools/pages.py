@@ -20,7 +20,7 @@ def tidy(outputs: list) -> list:
     "Outputs with the pieces of one stream joined, and errors without the paths of this machine."
     kept = []
     for out in outputs:
-        if out.output_type == 'error': out.traceback = [f'{out.ename}: {out.evalue}']
+        if out.output_type == 'error' and out.traceback != [out.evalue]: out.traceback = [f'{out.ename}: {out.evalue}']
         if kept and out.output_type == 'stream' == kept[-1].output_type and out.name == kept[-1].name: kept[-1].text += out.text
         else: kept.append(out)
     return kept

@@ -3,12 +3,14 @@
 A cell tagged `remove-cell` is in the README and not in the book; one tagged `readme-skip` is in neither. Links to pages
 become links into `nbs/`, and the drawing becomes a file in `_static/`.
 """
-import re
+import re, sys
 from pathlib import Path
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'_ext'))
+from nbdev_reader import split_directives      # noqa: E402
 
 
 def readme(page: Path) -> tuple[str, dict[str, str]]:
@@ -19,10 +21,11 @@ def readme(page: Path) -> tuple[str, dict[str, str]]:
         if cell.cell_type == 'markdown':
             parts.append(re.sub(r'\]\((\w+)\.ipynb\)', r'](nbs/\1.ipynb)', cell.source))
             continue
-        directives = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)$', cell.source, re.M))
-        if 'remove-input' not in cell.metadata.get('tags', []): parts.append(f'```python\n{cell.source}\n```')
+        directives, source = split_directives(cell.source)
+        if 'remove-input' not in cell.metadata.get('tags', []): parts.append(f'```python\n{source}\n```')
         for out in cell.outputs:
-            if svg := out.data.get('image/svg+xml'):
+            if out.output_type == 'error': parts.append(f'```\n{chr(10).join(out.traceback)}\n```')
+            elif svg := out.data.get('image/svg+xml'):
                 name = f"_static/{directives['label']}.svg"
                 drawings[name] = svg
                 parts.append(f"![{directives['fig-alt']}]({name})")
