@@ -7,17 +7,13 @@ from nbformat.v4 import new_markdown_cell
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import student      # noqa: E402
-from tools.exercises import HEAD, blocks, without_markers, without_solution      # noqa: E402
+from tools.exercises import HEAD, blocks, number_of, without_markers, without_solution      # noqa: E402
 
 SOLUTIONS = 'C_solutions'
 CHECKER = 'fold: Show the checker'
-OFFER = 'student edition of this page'
 
 
 def statement(block) -> str: return HEAD.sub('', block.one('statement').source, count=1).strip()
-
-
-def number_of(page: Path) -> str: return page.stem.partition('_')[0].lstrip('0') or '0'
 
 
 def solution(block) -> list:
@@ -45,9 +41,9 @@ def set_exercises(nb, page: str) -> None:
         at = nb.cells.index(first)
         ours = {id(cell) for _, cell in block.cells}
         nb.cells = nb.cells[:at] + cells + [c for c in nb.cells[at:] if id(c) not in ours]
-    offers = [c for c in nb.cells if c.cell_type == 'markdown' and OFFER in c.source]
-    if found and not offers: raise ValueError(f'{page}: has exercises, and no "{OFFER}" in its text to become a link')
-    for cell in offers: cell.source = cell.source.replace(OFFER, f'<a href="../student/{page}.ipynb" download>{OFFER}</a>')
+    offers = [c for c in nb.cells if c.cell_type == 'markdown' and student.OFFER in c.source]
+    if found and not offers: raise ValueError(f'{page}: has exercises, and no "{student.OFFER}" in its text to become a link')
+    for cell in offers: cell.source = cell.source.replace(student.OFFER, f'<a href="../student/{page}.ipynb" download>{student.OFFER}</a>')
 
 
 def collect(nb, pages: list[Path]) -> None:

@@ -351,8 +351,11 @@ def _not_decoded(
         return ValueError(f"ids holds {error.args[0]!r}; allowed are whole "
                           f"numbers from 0 to {vocab_size - 1}")
     if isinstance(error, TypeError):
+        way_out = (f"decode a single id as [{ids!r}]"
+                   if hasattr(ids, "__index__")
+                   else "decode a batch row by row")
         return TypeError(f"ids must be a row of whole numbers, got "
-                         f"{ids!r:.60}; decode a batch row by row")
+                         f"{ids!r:.60}; {way_out}")
     broken = error.object[error.start]
     return ValueError(
         f"ids spell no UTF-8 text: byte {broken:#04x} at {error.start} of "

@@ -81,7 +81,7 @@ def test_the_exercise_is_whole(number):
     page, block = BLOCKS[number]
     task = find_exercise(number)
     assert task.title == block.title
-    assert len(task.wrong_answers) >= 2
+    assert len(task.wrong_answers) >= 2 and len(list(task.claims())) >= 2
     assert f'`{task.name}' in block.one('statement').source, 'the statement names what to write'
     assert block.one('check').source == f'check("{number}", {task.name})'
     assert block.having('answer'), 'there is something to say about a solution'
@@ -158,6 +158,18 @@ def test_an_exercise_that_lacks_a_part_is_refused():
     with pytest.raises(ValueError, match='checks another one'): blocks(nbformat.v4.new_notebook(cells=[*whole[:2], code('check("9.2", f)'), whole[3]]))
 
 
+@pytest.mark.parametrize('source', ['### BEGIN SOLUTION\n1', '1\n### END SOLUTION', '## BEGIN SOLUTION\n1\n## END SOLUTION', '### END SOLUTION\n1\n### BEGIN SOLUTION',
+                                    '### BEGIN SOLUTION\n1\n### BEGIN SOLUTION\n2\n### END SOLUTION', '### BEGIN SOLUTION\n1\n### EMD SOLUTION'])
+def test_markers_that_do_not_pair_up_are_refused(source):
+    with pytest.raises(ValueError, match='do not pair up'): without_solution(source)
+
+
+def test_the_roles_of_the_book_become_words():
+    page = ROOT/'nbs'/'03_bpe.ipynb'
+    text = 'See {doc}`02_words`, {numref}`fig-x`, {numref}`the map <fig-y>`, {eq}`eq-r` and {cite}`a2020b`.\n$$\nr\n$$ (eq-r)'
+    assert student.plain(text, page, {'fig-x': 'Fig. 3.1', 'eq-r': '(3.1)'}) == 'See *Words and numbers*, Fig. 3.1, the figure, (3.1) and [a2020b].\n$$\nr\n\\tag{3.1}\n$$'
+
+
 def words_of_solutions(page):
     "Lines that only solutions and checkers hold."
     hidden, shown = [], []
@@ -176,10 +188,11 @@ def test_no_solution_survives_in_the_student_edition(page):
     text = '\n'.join(cell.source for cell in student.student(page).cells)
     secret = words_of_solutions(page)
     assert len(secret) > 30 and not [line for line in secret if line in text]
+    assert not re.search(r'\{\w+\}`|^\$\$ \(', text, re.M) and student.OFFER not in text and 'pip install "fastcore<2" git+https' in text
     raw = json.dumps(student.student(page))
     assert 'SOLUTION' not in raw and 'nbgrader' not in raw and not re.search(r'"outputs": \[[^\]]', raw)
     for block in blocks(PAGES[page]):
-        assert block.one('statement').source in text and block.one('check').source in text
+        assert f'### Exercise {block.number} · {block.title}' in text and block.one('check').source in text
         assert without_solution(block.one('solution').source) in text
 
 
@@ -221,6 +234,7 @@ def test_work_in_the_student_edition_is_kept(tmp_path, monkeypatch):
     run_only.cells[2].execution_count = 3
     nbformat.write(run_only, theirs)
     broken.write_text('{')
+    assert not list(tmp_path.glob('*.whole'))
     assert student.write(tmp_path) == [mine.name, broken.name]
     assert nbformat.read(mine, as_version=4).cells[-1].source.endswith('mine') and broken.read_text() == '{'
     assert nbformat.read(theirs, as_version=4) == student.student(WITH[1])

@@ -67,6 +67,11 @@ def blocks(nb) -> list[Block]:
     return found
 
 
+def number_of(page: Path) -> str:
+    "The number of a page, from the name of its file."
+    return page.stem.partition('_')[0].lstrip('0') or '0'
+
+
 def without_markers(source: str) -> str:
     "A solution as the book shows it."
     return '\n'.join(line for line in source.splitlines() if not re.search(r'### (BEGIN|END) SOLUTION', line))
@@ -75,6 +80,8 @@ def without_markers(source: str) -> str:
 def without_solution(source: str, markdown: bool = False) -> str:
     "A starter: what stands between the markers replaced as nbgrader does it. What is no function waits without a complaint."
     lines, inside = [], False
+    if re.findall(r'(\S*) (BEGIN|END) SOLUTION', source) != [('###', 'BEGIN'), ('###', 'END')] * source.count('BEGIN SOLUTION'):
+        raise ValueError(f'the markers do not pair up as `### BEGIN SOLUTION` and `### END SOLUTION` in\n{source}')
     for line in source.splitlines():
         if '### BEGIN SOLUTION' in line:
             indent, inside = re.match(r'\s*', line)[0], True

@@ -51,8 +51,8 @@ def main():
     missing = [n for n in names if not (ROOT/'nbs'/f'{n}.ipynb').exists()]
     if missing: parser.error(f'no such page: {", ".join(missing)}; there are {[p.stem for p in sorted((ROOT/"nbs").glob("*.ipynb"))]}')
     nbdev = lambda command: subprocess.run([sys.executable, '-c', f'from nbdev.cli import {command}; {command}()'], cwd=ROOT, check=True)
-    nbdev('nbdev_export')
     exercises.main()
+    nbdev('nbdev_export')      # after the checkers, because it makes an index of all modules
     ledger, failed = json.loads(LEDGER.read_text(encoding='utf-8')) if LEDGER.exists() else {}, []
     for name in names:
         start = time.perf_counter()

@@ -3,30 +3,57 @@
 Each page with its exercises as starters: solutions, checkers and outputs are taken out, the checks stay. A notebook in
 which somebody has worked is never overwritten.
 """
-import hashlib, json, sys
+import hashlib, json, os, re, sys
 from pathlib import Path
 
 import nbformat
-from tools.exercises import ROOT, blocks, without_solution
+from tools.exercises import ROOT, blocks, number_of, without_solution
 
 sys.path.insert(0, str(ROOT/'_ext'))
 from nbdev_reader import split_directives      # noqa: E402
+
+
+OFFER = 'student edition of this page'      # a link on the page of the book, and needless here
+INTRO = """This is the student edition: the solutions are missing, and each exercise says when it is solved. It needs the package of the book:
+
+    pip install {package}"""
+
+
+def plain(text: str, page: Path, places: dict[str, str]) -> str:
+    "Markdown as plain Jupyter shows it: the roles of the book replaced by words."
+    def role(m):
+        name, target = m[1], re.sub(r'^.*<(.*)>$', r'\1', m[2])
+        if name == 'doc': return '*' + nbformat.read(page.parent/f'{target}.ipynb', as_version=4).cells[0].source.splitlines()[0].removeprefix('# ') + '*'
+        if name == 'cite': return f'[{target}]'
+        if name in ('numref', 'eq'): return places.get(target, 'the figure')
+        return target
+    text = re.sub(r'\{(\w+)\}`([^`]+)`', role, text)
+    text = re.sub(r'^\$\$ \((\S+)\)$', lambda m: f'\\tag{{{places[m[1]][1:-1]}}}\n$$', text, flags=re.M)
+    return re.sub(rf'[^.\n]*{OFFER}[^.]*\.[ ]?', '', text)
 
 
 def student(page: Path):
     "The notebook `page` as a student gets it."
     nb = nbformat.read(page, as_version=4)
     found = {cell.id: role for block in blocks(nb) for role, cell in block.cells}
+    source, number = '\n'.join(cell.source for cell in nb.cells), number_of(page)
+    places = {label: f'Fig. {number}.{k}' for k, label in enumerate(re.findall(r'^#\| label: (fig-\S+)', source, re.M), 1)}
+    places |= {label: f'({number}.{k})' for k, label in enumerate(re.findall(r'^\$\$ \((\S+)\)$', source, re.M), 1)}
     cells = []
     for cell in nb.cells:
         role = found.get(cell.id)
         if role == 'checker': continue
         if role in ('solution', 'more', 'answer'): cell.source = without_solution(cell.source, cell.cell_type == 'markdown')
         if cell.cell_type == 'code':
-            cell.source, cell.outputs, cell.execution_count = split_directives(cell.source)[1], [], None
-            if not cell.source: continue
+            directives, cell.source = split_directives(cell.source)
+            if directives.get('label') in places and not role: cell.source = f"# {places[directives['label']]}: {directives['fig-cap']}\n{cell.source}"
+            cell.outputs, cell.execution_count = [], None
+        else: cell.source = plain(cell.source, page, places)
+        if not cell.source.strip(): continue
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
         cells.append(cell)
+    package = re.search(r'%pip install -q (.*)', source)[1]
+    cells.insert(1, nbformat.v4.new_markdown_cell(INTRO.format(package=package), id='student'))
     nb.cells = cells
     nb.metadata['llmbook'] = {'made': mark_of(nb)}
     return nb
@@ -56,7 +83,8 @@ def write(folder: Path) -> list[str]:
             if touched:
                 kept.append(page.name)
                 continue
-        nbformat.write(new, path)
+        nbformat.write(new, whole := path.with_suffix('.whole'))
+        os.replace(whole, path)      # never half a notebook
     return kept
 
 
