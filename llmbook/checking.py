@@ -260,7 +260,7 @@ class Outcome:
             "no mistake that is known here gives this; try it in a cell")
         return lines
 
-# %% ../nbs/E_checking.ipynb #d5be230f
+# %% ../nbs/E_checking.ipynb #d30500ec
 @dataclass
 class Report:
     "What became of an answer."
@@ -345,7 +345,8 @@ class Exercise:
         error = tried[failed].error
         if isinstance(error, NotImplementedError) and not error.args:
             inner = traceback.extract_tb(error.__traceback__)[-1].name
-            inside = "" if inner == self.name else f", {inner} in it,"
+            known = self.name, getattr(answer, "__name__", "")
+            inside = "" if inner in known else f", {inner} in it,"
             return Report(False, f"{self.number} waits for you: {self.title}",
                           {"to do": f"write {self.name}{inside} where the "
                            "notebook says YOUR CODE HERE, and delete the line "
