@@ -166,8 +166,8 @@ def test_markers_that_do_not_pair_up_are_refused(source):
 
 def test_the_roles_of_the_book_become_words():
     page = ROOT/'nbs'/'03_bpe.ipynb'
-    text = 'See {doc}`02_words`, {numref}`fig-x`, {numref}`the map <fig-y>`, {eq}`eq-r` and {cite}`a2020b`.\n$$\nr\n$$ (eq-r)'
-    assert student.plain(text, page, {'fig-x': 'Fig. 3.1', 'eq-r': '(3.1)'}) == 'See *Words and numbers*, Fig. 3.1, the figure, (3.1) and [a2020b].\n$$\nr\n\\tag{3.1}\n$$'
+    text = 'See {doc}`02_words`, {numref}`fig-x`, {numref}`the map <fig-y>`, {eq}`eq-r` and {cite}`aa2020b,b1999`.\n$$\nr\n$$ (eq-r)'
+    assert student.plain(text, page, {'fig-x': 'Fig. 3.1', 'eq-r': '(3.1)'}) == 'See *Words and numbers*, Fig. 3.1, the figure, (3.1) and (Aa 2020, B 1999).\n$$\nr\n\\tag{3.1}\n$$'
 
 
 def words_of_solutions(page):

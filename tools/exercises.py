@@ -86,7 +86,8 @@ def without_solution(source: str, markdown: bool = False) -> str:
         if '### BEGIN SOLUTION' in line:
             indent, inside = re.match(r'\s*', line)[0], True
             if markdown: lines.append('YOUR ANSWER HERE')
-            else: lines += [f'{indent}# YOUR CODE HERE', *([f'{indent}raise NotImplementedError()'] if indent else [])]
+            elif indent: lines += [f'{indent}# YOUR CODE HERE', f'{indent}raise NotImplementedError()']
+            else: lines.append('# YOUR CODE HERE: what the exercise asks you to try')
         elif '### END SOLUTION' in line: inside = False
         elif not inside: lines.append(line)
     return '\n'.join(lines)

@@ -24,7 +24,7 @@ def plain(text: str, page: Path, places: dict[str, str]) -> str:
     def role(m):
         name, target = m[1], re.sub(r'^.*<(.*)>$', r'\1', m[2])
         if name == 'doc': return '*' + nbformat.read(page.parent/f'{target}.ipynb', as_version=4).cells[0].source.splitlines()[0].removeprefix('# ') + '*'
-        if name == 'cite': return f'[{target}]'
+        if name == 'cite': return '(' + ', '.join(re.sub(r'^([a-z]+)(\d{4}).*', lambda k: f'{k[1].title()} {k[2]}', key) for key in target.split(',')) + ')'
         if name in ('numref', 'eq'): return places.get(target, 'the figure')
         return target
     text = re.sub(r'\{(\w+)\}`([^`]+)`', role, text)
@@ -41,8 +41,8 @@ def student(page: Path):
     places |= {label: f'({number}.{k})' for k, label in enumerate(re.findall(r'^\$\$ \((\S+)\)$', source, re.M), 1)}
     cells = []
     for cell in nb.cells:
-        role = found.get(cell.id)
-        if role == 'checker': continue
+        role, before = found.get(cell.id), found.get(cells[-1].id) if cells else None
+        if role == 'checker' or role == before == 'more': continue      # one empty cell to try things in is enough
         if role in ('solution', 'more', 'answer'): cell.source = without_solution(cell.source, cell.cell_type == 'markdown')
         if cell.cell_type == 'code':
             directives, cell.source = split_directives(cell.source)

@@ -5,7 +5,8 @@ __all__ = ['check_pieces', 'the_ids', 'words_of_the_pattern', 'letters', 'one_id
            'check_bytes_per_token', 'turned_over', 'not_divided', 'characters', 'of_the_pieces', 'rounded_down',
            'per_word', 'check_first_merge', 'as_ids', 'first_seen', 'largest_of_equals', 'rarest', 'across_words',
            'each_word_once', 'of_characters', 'check_cut_digits', 'uncut', 'digit_by_digit', 'with_a_capture',
-           'with_empty_pieces', 'from_the_left', 'right_to_left', 'digits_alone', 'at_a_boundary', 'as_a_number']
+           'with_empty_pieces', 'from_the_left', 'right_to_left', 'digits_alone', 'at_a_boundary', 'up_to_the_end',
+           'as_a_number']
 
 # %% ../../nbs/03_bpe.ipynb #c7ecdc1e
 from ..checking import exercise
@@ -169,7 +170,7 @@ def of_characters(text):
     pairs = _pairs_in_words(text, bytes_of=list)
     return "".join(min(pairs, key=lambda p: (-pairs[p], p))).encode()
 
-# %% ../../nbs/03_bpe.ipynb #443ccd32
+# %% ../../nbs/03_bpe.ipynb #137f7bfc
 @exercise("3.4", "Why digits are hard")
 def check_cut_digits():
     yield "cut_digits('520')", ["520"]
@@ -238,6 +239,13 @@ def at_a_boundary(text):
     a digit makes no border. Say that no digit follows: (?![0-9])."""
     import re
     return re.findall(r"[0-9]{1,3}(?=(?:[0-9]{3})*\b)|[^0-9]+", text)
+
+@check_cut_digits.wrong
+def up_to_the_end(text):
+    """`$` is the end of the text, and a number can end before it. Say that no
+    digit follows: (?![0-9])."""
+    import re
+    return re.findall(r"[0-9]{1,3}(?=(?:[0-9]{3})*$)|[^0-9]+", text)
 
 @check_cut_digits.wrong
 def as_a_number(text):

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['check_round_trip', 'only_joined', 'cut_at_blanks', 'of_characters', 'without_a_vocabulary', 'words_of_the_story',
            'untouched', 'check_growth', 'starts_afresh', 'only_the_new', 'counts_repeats', 'letters',
-           'starts_at_nothing', 'drops_the_rest', 'check_CharacterTokenizer', 'of_words', 'in_order_of_appearance',
-           'spaced_out', 'drops_white_space', 'check_strangers', 'again_and_again', 'in_sorted_order', 'the_known_ones']
+           'starts_at_nothing', 'too_early', 'a_rest_of_nothing', 'drops_the_rest', 'check_CharacterTokenizer',
+           'of_words', 'in_order_of_appearance', 'spaced_out', 'drops_white_space', 'check_strangers',
+           'again_and_again', 'in_sorted_order', 'the_known_ones']
 
 # %% ../../nbs/02_words.ipynb #66beb71c
 from ..checking import exercise
@@ -62,7 +63,7 @@ def untouched(text):
     "Nothing was lost, so nothing was encoded: ids do not keep white space."
     return text
 
-# %% ../../nbs/02_words.ipynb #be913d23
+# %% ../../nbs/02_words.ipynb #d3f1e21e
 @exercise("2.2", "How fast does a vocabulary grow?")
 def check_growth():
     yield "growth(['the', 'tea', 'the', 'cup'], 2)", [2, 3]
@@ -106,14 +107,30 @@ def starts_at_nothing(words, every):
     return [len(set(words[:k])) for k in range(0, len(words), every)]
 
 @check_growth.wrong
+def too_early(words, every):
+    """The first number comes too early. `enumerate` counts from 0, so after
+    `every` words it is i + 1 that is a multiple of `every`."""
+    return [len(set(words[:i + 1])) for i in range(len(words))
+            if i % every == 0]
+
+@check_growth.wrong
+def a_rest_of_nothing(words, every):
+    "The last number is for a rest, but no words are left over."
+    return ([len(set(words[:k])) for k in range(every, len(words) + 1, every)]
+            + [len(set(words))])
+
+@check_growth.wrong
 def drops_the_rest(words, every):
     "The last stretch is shorter than `every`, and it counts too."
     return [len(set(words[:k])) for k in range(every, len(words) + 1, every)]
 
-# %% ../../nbs/02_words.ipynb #753385ba
+# %% ../../nbs/02_words.ipynb #5bc5bc71
 @exercise("2.3", "A tokenizer of characters")
 def check_CharacterTokenizer():
     yield "CharacterTokenizer('banana').vocab_size", 3
+    yield ("CharacterTokenizer('quick brown fox').encode('brown fox')",
+           [1, 9, 7, 11, 6, 0, 3, 7, 12],
+           "ids follow the order of the characters; a set has no order")
     yield "CharacterTokenizer('banana').encode('nab')", [2, 0, 1]
     yield "CharacterTokenizer('banana').decode([2, 0, 1])", "nab"
     tokenizer = "CharacterTokenizer('no \\n tea')"
@@ -122,9 +139,9 @@ def check_CharacterTokenizer():
     tokenizer = "CharacterTokenizer('oui , Zo\u00e9 !')"
     yield (f"{tokenizer}.decode({tokenizer}.encode('Zo\u00e9 , oui !'))",
            "Zo\u00e9 , oui !", "here a space before a mark is there to stay")
-    yield ("[made_first.encode('c') for made_first, _ in "
-           "[(CharacterTokenizer('abc'), CharacterTokenizer('xyz'))]]",
-           [[2]], "a second tokenizer must not change the first")
+    yield ("[CharacterTokenizer('abc'), CharacterTokenizer('xyz')]"
+           "[0].encode('c')",
+           [2], "a second tokenizer must not change the first")
     yield ("[(CharacterTokenizer('ab').decode(ids), ids) for ids in "
            "[[1, 0]]]", [("ba", [1, 0])],
            "the caller's list of ids must stay as it was")
@@ -171,7 +188,7 @@ class drops_white_space:
         return [self.words.index(c) for c in text if c.strip()]
     def decode(self, ids): return "".join(self.words[i] for i in ids)
 
-# %% ../../nbs/02_words.ipynb #66fa5036
+# %% ../../nbs/02_words.ipynb #2daf073c
 @exercise("2.4", "Who is a stranger?")
 def check_strangers():
     from llmbook.words import Vocabulary
@@ -200,8 +217,8 @@ def in_sorted_order(vocabulary, text):
 
 @check_strangers.wrong
 def cut_at_blanks(vocabulary, text):
-    """`text.split()` leaves the full stop at the word. Cut as the vocabulary
-    was cut, with `split_words`."""
+    """`text.split()` leaves a mark at its word. Cut as the vocabulary was cut,
+    with `split_words`."""
     words = (w for w in text.split() if w not in vocabulary)
     return list(dict.fromkeys(words))
 
