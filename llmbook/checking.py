@@ -498,7 +498,7 @@ def check(
     if not report.passed: raise NotYet(str(report))
     print(report, file=out)
 
-# %% ../nbs/E_checking.ipynb #db0a6a71
+# %% ../nbs/E_checking.ipynb #d121f348
 def _cells(
     path: Path, # a notebook
 ) -> list[str]: # the text of its code cells, without magics
@@ -544,17 +544,19 @@ def read_answer(
         raise ValueError(f"{path} is not UTF-8: byte {error.start} is "
                          f"{error.object[error.start]:#04x}; save it as "
                          "UTF-8, as a .py file") from None
-    every = []
+    every, broken = [], None
     for source in reversed(sources):
         try: functions, bound = _names_in(source)
         except SyntaxError as error:
             line = (error.text or "").strip()
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}"
-                             + (f": {line}" if line else "")) from None
+            broken = broken or (f"{path}, line {error.lineno}: {error.msg}"
+                                + (f": {line}" if line else ""))
+            continue              # another cell may hold the answer
         except (ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{path}: {error}") from None
         if bound & {name, "*"}: return source
         every = functions + every
+    if broken: raise ValueError(broken)
     raise ValueError(f"{path} has no `{name}`; it has " + (
         ", ".join(f"`{f}`" for f in every) or "no function at all"))
 

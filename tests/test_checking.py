@@ -572,6 +572,9 @@ def test_a_notebook_gives_its_last_cell_that_defines_the_answer(tmp_path, capsys
     assert main(['check', '3.2', str(tmp_path/'a.ipynb')]) == 0
     assert main(['check', '3.1', str(tmp_path/'a.ipynb')]) == 2
     assert 'has no `pieces`; it has `bytes_per_token`, `bytes_per_token`' in capsys.readouterr().err
+    nbformat.write(nbformat.v4.new_notebook(cells=[*cells, code('retrun 1')]), tmp_path/'a.ipynb')
+    assert main(['check', '3.2', str(tmp_path/'a.ipynb')]) == 0
+    assert main(['check', '3.1', str(tmp_path/'a.ipynb')]) == 2 and 'line 1: invalid syntax: retrun 1' in capsys.readouterr().err
     (tmp_path/'b.ipynb').write_text('[]')
     assert main(['check', '3.1', str(tmp_path/'b.ipynb')]) == 2 and 'is no notebook' in capsys.readouterr().err
 
