@@ -567,11 +567,12 @@ def test_a_file_that_may_define_anything_has_no_mark_for_what_it_does_not(tmp_pa
 def test_a_notebook_gives_its_last_cell_that_defines_the_answer(tmp_path, capsys):
     import nbformat
     code = nbformat.v4.new_code_cell
-    cells = [code('%pip install x\n1 / 0'), code('def bytes_per_token(tokenizer, text): return 1.0'), code(RIGHT), code('check("3.2", bytes_per_token)\nprint(pieces)'), nbformat.v4.new_markdown_cell('def pieces')]
+    cells = [code('if False:\n    %pip install x\n1 / 0'), code('def bytes_per_token(tokenizer, text): return 1.0'), code(RIGHT), code('check("3.2", bytes_per_token)\nprint(pieces)'), nbformat.v4.new_markdown_cell('def pieces')]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'a.ipynb')
     assert main(['check', '3.2', str(tmp_path/'a.ipynb')]) == 0
     assert main(['check', '3.1', str(tmp_path/'a.ipynb')]) == 2
     assert 'has no `pieces`; it has `bytes_per_token`, `bytes_per_token`' in capsys.readouterr().err
+    assert main(['exercises', str(tmp_path/'a.ipynb')]) == 0 and capsys.readouterr() == (f"file,3.2\n{tmp_path/'a.ipynb'},1\n", '')
     nbformat.write(nbformat.v4.new_notebook(cells=[*cells, code('retrun 1')]), tmp_path/'a.ipynb')
     assert main(['check', '3.2', str(tmp_path/'a.ipynb')]) == 0
     assert main(['check', '3.1', str(tmp_path/'a.ipynb')]) == 2 and 'line 1: invalid syntax: retrun 1' in capsys.readouterr().err
