@@ -21,7 +21,7 @@ help:        ## this list
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
 	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
 	@echo "make bench   measure the tokenizer beside its peers, in one run"
-	@echo "make clean   remove what was built; the environment in .venv stays"
+	@echo "make clean   remove what was built; .venv and the student edition stay"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
 
 $(READY): constraints.txt pyproject.toml
@@ -54,4 +54,4 @@ bench: $(READY)
 	$(PY) benchmarks/bpe.py
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('_build', 'build', 'dist', 'llmbook.egg-info', '.pytest_cache', '.hypothesis')]"
+	$(PYTHON) -c "import shutil; from pathlib import Path; [shutil.rmtree(d, ignore_errors=True) for d in (*(p for p in Path('_build').glob('*') if p.name != 'student'), 'build', 'dist', 'llmbook.egg-info', '.pytest_cache', '.hypothesis')]"

@@ -7,7 +7,7 @@ __all__ = ['TOLERANCE', 'EXERCISES', 'difference', 'TooLate', 'run_for', 'Watche
            'all_exercises', 'exercise', 'find_exercise', 'progress_file', 'read_progress', 'note_progress', 'NotYet',
            'check', 'read_answer', 'check_file', 'main']
 
-# %% ../nbs/E_checking.ipynb #77b267ce
+# %% ../nbs/E_checking.ipynb #e4555257
 import argparse
 import ast
 import contextvars
@@ -31,7 +31,7 @@ import textwrap
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from numbers import Integral, Real
@@ -178,7 +178,7 @@ def _show(
     if hasattr(value, "tolist"): text = " ".join(text.split())
     return text if len(text) <= 400 else text[:400] + " ..."
 
-# %% ../nbs/E_checking.ipynb #c7bde0ed
+# %% ../nbs/E_checking.ipynb #fb5d7be4
 def _say(
     error: BaseException, # raised by an answer
 ) -> str: # its type, and the first line of its message
@@ -224,8 +224,9 @@ class Outcome:
         if self.error is not None or other.error is not None:
             same, _ = run_for(1, lambda: repr(self.error) == repr(other.error))
             return bool(same)
-        apart, _ = run_for(1, lambda: difference(self.value, other.value))
-        return self.watched.changed == other.watched.changed and apart is None
+        found = run_for(1, lambda: difference(self.value, other.value))
+        return (self.watched.changed == other.watched.changed
+                and found == (None, None))      # no difference, no error
 
     def details(
         self,
@@ -560,7 +561,7 @@ def read_answer(
     raise ValueError(f"{path} has no `{name}`; it has " + (
         ", ".join(f"`{f}`" for f in every) or "no function at all"))
 
-# %% ../nbs/E_checking.ipynb #b14ca824
+# %% ../nbs/E_checking.ipynb #c773e763
 def _check_here(
     number: str, # of the exercise
     path: str, # of the answer
@@ -601,7 +602,7 @@ def _check_here(
 
 def check_file(
     number: str, # of the exercise, such as "3.2"
-    path: str | Path, # a Python file that defines the answer
+    path: str | Path, # a Python file or notebook that defines the answer
     seconds: float = 60, # for everything; then the process is killed
 ) -> Report: # as `Exercise.check` gives it
     "Check a file in a process of its own; ValueError: it cannot be run."

@@ -271,6 +271,11 @@ def test_what_is_alike_once_is_told_with_a_perhaps():
     assert 'perhaps' not in task.check(lambda x: 0).details
 
 
+def test_values_that_cannot_be_compared_are_not_alike():
+    outcome = lambda: checking.Outcome('f(1)', {}, 1, '', Odd(), '', None, checking.Watched(len))
+    assert not outcome().like(outcome())
+
+
 def test_a_mistake_counts_only_where_it_fails_first():
     def one(words):
         "It gives one."

@@ -7,7 +7,7 @@ import pytest
 from llmbook.checking import all_exercises, check_file, find_exercise
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from tools import exercises, student
+from tools import student
 from tools.exercises import blocks, without_markers, without_solution
 
 ROOT = Path(__file__).parent.parent
@@ -238,6 +238,15 @@ def test_work_in_the_student_edition_is_kept(tmp_path, monkeypatch):
     assert student.write(tmp_path) == [mine.name, broken.name]
     assert nbformat.read(mine, as_version=4).cells[-1].source.endswith('mine') and broken.read_text() == '{'
     assert nbformat.read(theirs, as_version=4) == student.student(WITH[1])
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+def test_clean_keeps_the_student_edition(tmp_path):
+    shutil.copy(ROOT/'Makefile', tmp_path)
+    for folder in ('_build/student', '_build/html', 'build'): (tmp_path/folder).mkdir(parents=True)
+    (tmp_path/'_build'/'student'/'mine.ipynb').write_text('work')
+    assert subprocess.run(['make', 'clean', f'PYTHON={sys.executable}'], cwd=tmp_path).returncode == 0
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob('*'))] == ['Makefile', '_build', '_build/student', '_build/student/mine.ipynb']
 
 
 # ---- nbgrader, as a teacher uses it
