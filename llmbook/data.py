@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from multiprocessing import connection, parent_process
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +30,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from .bpe import END_OF_TEXT, gpt2_tokenizer
+from .core import check_count
 
 # %% ../nbs/04_windows.ipynb #e4eb5db6
-def _check_count(
-    name: str, # of the argument
-    value: int, # what was given
-    least: int = 1, # the smallest that is allowed
-) -> int: # the same
-    "Refuse what is no whole number from `least` up."
-    try:
-        if isinstance(value, bool): raise TypeError
-        value = index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is no whole number; give an int "
-                        f"from {least} up") from None
-    if value < least:
-        raise ValueError(f"{name}={value} is too small; the smallest that "
-                         f"is allowed is {least}")
-    return value
-
 def _as_row(
     ids: "Tensor | np.ndarray | Sequence[int] | TokenFile", # whole numbers
 ) -> Tensor: # (N,) the same numbers, copied only if PyTorch cannot share them
@@ -83,7 +66,7 @@ def _check_ids(
     vocab_size: int, # V, ids that there are
 ) -> None:
     "Refuse ids that the vocabulary does not have."
-    vocab_size = _check_count("vocab_size", vocab_size)
+    vocab_size = check_count("vocab_size", vocab_size)
     for start, part in enumerate(ids.split(2 ** 20)):    # no copy of it all
         low, high = part.long().aminmax()
         if low >= 0 and high < vocab_size: continue
@@ -106,9 +89,9 @@ class TokenDataset(Dataset):
     ):
         row = _as_row(ids)
         self.source = ids if hasattr(ids, "ids") else row
-        self.context_length = T = _check_count(
+        self.context_length = T = check_count(
             "context_length", context_length)
-        self.stride = T if stride is None else _check_count("stride", stride)
+        self.stride = T if stride is None else check_count("stride", stride)
         if len(row) <= T:
             shorter = (f", or take context_length={len(row) - 1} at most"
                        if len(row) > 1 else "")
@@ -185,9 +168,9 @@ class TokenLoader(DataLoader):
         seed: int = 123, # of the order, from 0 to 2**32 - 1
         workers: int = 0, # processes that fetch ahead; 0: none
     ):
-        batch_size = _check_count("batch_size", batch_size)
-        workers = _check_count("workers", workers, 0)
-        seed = _check_count("seed", seed, 0)
+        batch_size = check_count("batch_size", batch_size)
+        workers = check_count("workers", workers, 0)
+        seed = check_count("seed", seed, 0)
         if drop_last and len(dataset) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} is more than the {len(dataset)} "
@@ -229,7 +212,7 @@ class TokenLoader(DataLoader):
             if state.get(name) != value: raise ValueError(
                 f"the state is of a loader with {name}={state.get(name)}, "
                 f"and this one has {name}={value}; its batches are others")
-        epoch, batch = (_check_count(key, state.get(key), 0)
+        epoch, batch = (check_count(key, state.get(key), 0)
                         for key in ("epoch", "batch"))
         if batch >= len(self): raise ValueError(
             f"batch={batch} is none of the {len(self)} batches of an epoch")
@@ -567,7 +550,7 @@ class _Encoder:
                        if marks else
                        getattr(tokenizer, "encode_ordinary", tokenizer.encode))
         if separator is None: separator = self._mark(tokenizer)
-        self.separator = _check_count("separator", separator, 0)
+        self.separator = check_count("separator", separator, 0)
         if separator >= self.vocab_size: raise ValueError(
             f"separator={separator} is no id; they run from 0 to "
             f"{self.vocab_size - 1}")
@@ -634,6 +617,25 @@ def _in_order(
         for future, where in waiting: yield future.result(), where
     finally: pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/04_windows.ipynb #77fd15e1
+def find_texts(
+    files: "str | os.PathLike | Iterable[str | os.PathLike]", # files, folders
+) -> list[Path]: # files, those of a folder in alphabetical order
+    "List the texts: files as they are, folders as all `.txt` below them."
+    if isinstance(files, (str, os.PathLike)): files = [files]
+    found = []
+    for path in map(Path, files):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*.txt") if p.is_file())
+            if not inside: raise ValueError(
+                f"the folder {path} has no .txt file; name the files that you "
+                f"mean, such as Path({path.name!r}).glob('*.md')")
+            found += inside
+        elif path.exists(): found.append(path)
+        else: raise FileNotFoundError(f"there is no file or folder {path}")
+    if not found: raise ValueError("files is empty; give at least one text")
+    return found
+
 def _batches(
     paths: Sequence[Path], # texts
     first: int, # the text to begin with
@@ -653,69 +655,6 @@ def _batches(
                 batch, size = [], 0
         byte = 0
     if batch: yield batch, {**where, "size": size}
-
-# %% ../nbs/04_windows.ipynb #2494fa3b
-def find_texts(
-    files: "str | os.PathLike | Iterable[str | os.PathLike]", # files, folders
-) -> list[Path]: # files, those of a folder in alphabetical order
-    "List the texts: files as they are, folders as all `.txt` below them."
-    if isinstance(files, (str, os.PathLike)): files = [files]
-    found = []
-    for path in map(Path, files):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.txt") if p.is_file())
-            if not inside: raise ValueError(
-                f"the folder {path} has no .txt file; name the files that you "
-                f"mean, such as Path({path.name!r}).glob('*.md')")
-            found += inside
-        elif path.exists(): found.append(path)
-        else: raise FileNotFoundError(f"there is no file or folder {path}")
-    if not found: raise ValueError("files is empty; give at least one text")
-    return found
-
-def tokenize_files(
-    files: "str | os.PathLike | Iterable[str | os.PathLike]", # files, folders
-    path: str | os.PathLike, # id file to write, replaced in one step
-    tokenizer: object = None, # any tokenizer, or of tiktoken; None: GPT-2's
-    workers: int | None = None, # processes; 0: this one; None: if they help
-    marks: bool = False, # `<|endoftext|>` in a text ends a document, too
-    separator: int | None = None, # id after each document; None: the mark's
-    progress: bool | None = None, # a bar; None: only in a terminal
-) -> TokenFile: # the file, mapped into memory
-    "Encode texts of any size into one id file; go on if interrupted before."
-    path, paths = Path(path), find_texts(files)
-    _check_target(path, paths)
-    if tokenizer is None: tokenizer = gpt2_tokenizer()
-    encoder = _Encoder(tokenizer, marks, separator)
-    sizes = [text.stat().st_size for text in paths]
-    if not any(sizes): raise ValueError(
-        f"there is nothing to encode: {paths[0]} is empty"
-        + (f", and so are {len(paths) - 1} more" if len(paths) > 1 else ""))
-    if workers is None:         # one for each core and each four megabytes
-        cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-        workers = min(cores, sum(sizes) // (4 * PIECE))
-    workers = _check_count("workers", workers, 0)
-    fields = {"format": f"{_FORMAT}, unfinished", "version": _VERSION,
-              "dtype": encoder.dtype, "vocab_size": encoder.vocab_size,
-              "separator": encoder.separator,
-              "tokenizer": fingerprint(tokenizer)}
-    job = _job(fields, paths, marks)
-    if (done := _finished(path, job)) is not None: return done
-    lock = FileLock(f"{path}.lock", timeout=0)
-    try: lock.acquire()
-    except Timeout: raise ValueError(
-        f"path={path} is being written by another process; wait for it, or "
-        "choose another path") from None
-    try:
-        with _Draft(path, {**fields, "job": job}) as draft:
-            _encode_all(draft, paths, sizes, encoder, workers, progress)
-            if _job(fields, paths, marks) != job: raise ValueError(
-                "a text has changed while it was read; begin again")
-            draft.finish()
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-    return TokenFile(path)
 
 def _check_target(
     path: Path, # id file to write
@@ -749,6 +688,51 @@ def _finished(
     try: file = TokenFile(path)
     except (OSError, ValueError): return None
     return file if file.job == job else None
+
+# %% ../nbs/04_windows.ipynb #a336b461
+def tokenize_files(
+    files: "str | os.PathLike | Iterable[str | os.PathLike]", # files, folders
+    path: str | os.PathLike, # id file to write, replaced in one step
+    tokenizer: object = None, # any tokenizer, or of tiktoken; None: GPT-2's
+    workers: int | None = None, # processes; 0: this one; None: if they help
+    marks: bool = False, # `<|endoftext|>` in a text ends a document, too
+    separator: int | None = None, # id after each document; None: the mark's
+    progress: bool | None = None, # a bar; None: only in a terminal
+) -> TokenFile: # the file, mapped into memory
+    "Encode texts of any size into one id file; go on if interrupted before."
+    path, paths = Path(path), find_texts(files)
+    _check_target(path, paths)
+    if tokenizer is None: tokenizer = gpt2_tokenizer()
+    encoder = _Encoder(tokenizer, marks, separator)
+    sizes = [text.stat().st_size for text in paths]
+    if not any(sizes): raise ValueError(
+        f"there is nothing to encode: {paths[0]} is empty"
+        + (f", and so are {len(paths) - 1} more" if len(paths) > 1 else ""))
+    if workers is None:         # one for each core and each four megabytes
+        cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+        workers = min(cores, sum(sizes) // (4 * PIECE))
+    workers = check_count("workers", workers, 0)
+    fields = {"format": f"{_FORMAT}, unfinished", "version": _VERSION,
+              "dtype": encoder.dtype, "vocab_size": encoder.vocab_size,
+              "separator": encoder.separator,
+              "tokenizer": fingerprint(tokenizer)}
+    job = _job(fields, paths, marks)
+    if (done := _finished(path, job)) is not None: return done
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try: lock.acquire()
+    except Timeout: raise ValueError(
+        f"path={path} is being written by another process; wait for it, or "
+        "choose another path") from None
+    try:
+        with _Draft(path, {**fields, "job": job}) as draft:
+            _encode_all(draft, paths, sizes, encoder, workers, progress)
+            if _job(fields, paths, marks) != job: raise ValueError(
+                "a text has changed while it was read; begin again")
+            draft.finish()
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+    return TokenFile(path)
 
 def _encode_all(
     draft: _Draft, # grows

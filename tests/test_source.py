@@ -69,7 +69,7 @@ def test_every_module_is_a_page():
 
 
 EXPORTS = {      # what later pages and users rely on
-    'core': 'TEXTS load_text set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
+    'core': 'TEXTS load_text check_count set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
     'words': 'SPLIT_PATTERN split_words Vocabulary WordTokenizer',
     'checking': 'Report Exercise exercise all_exercises find_exercise check check_file NotYet main',
     'data': 'TokenDataset TokenLoader make_dataloader split_ids TokenFile tokenize_files fingerprint',
