@@ -49,8 +49,8 @@ def check_count(
         if isinstance(value, bool): raise TypeError
         value = index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r} is no whole number; give an int "
-                        f"from {least} up") from None
+        raise TypeError(f"{name}={value!r} is not a whole number; give an "
+                        f"int from {least} up") from None
     if value < least:
         raise ValueError(f"{name}={value} is too small; the smallest that "
                          f"is allowed is {least}")

@@ -111,7 +111,7 @@ def test_writing_to_a_batch_leaves_the_ids_alone(tmp_path):
     (lambda: TokenDataset(range(9), 4, stride=0), ValueError, 'stride=0 is too small; the smallest that is allowed is 1'),
     (lambda: TokenDataset(range(9), 4, stride=-2), ValueError, 'stride=-2'),
     (lambda: TokenDataset(range(9), 0), ValueError, 'context_length=0'),
-    (lambda: TokenDataset(range(9), 4.0), TypeError, 'context_length=4.0 is no whole number'),
+    (lambda: TokenDataset(range(9), 4.0), TypeError, 'context_length=4.0 is not a whole number'),
     (lambda: TokenDataset(range(9), True), TypeError, 'context_length=True'),
     (lambda: TokenDataset(range(9), 4, vocab_size=8), ValueError, r'ids\[8\] is 8; with vocab_size=8, ids run from 0 to 7'),
     (lambda: TokenDataset([1, 2, -1, 3], 2, vocab_size=8), ValueError, r'ids\[2\] is -1'),

@@ -74,6 +74,7 @@ EXPORTS = {      # what later pages and users rely on
     'checking': 'Report Exercise exercise all_exercises find_exercise check check_file NotYet main',
     'data': 'TokenDataset TokenLoader make_dataloader split_ids TokenFile tokenize_files fingerprint',
     'bpe': 'GPT2_SPLIT count_pairs merge_pair train_merges BPETokenizer gpt2_tokenizer gpt2_encoding',
+    'embedding': 'TokenEmbedding PositionEmbedding',
 }
 
 
