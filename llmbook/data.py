@@ -79,7 +79,7 @@ def _check_ids(
 
 # %% ../nbs/04_windows.ipynb #837d3193
 class TokenDataset(Dataset):
-    "All windows of one row of ids: a view, in which no id is copied."
+    "All windows of one row of ids: a rule for reading it, not a copy."
     def __init__(
         self,
         ids: "Tensor | np.ndarray | Sequence[int] | TokenFile", # (N,) ids
@@ -117,7 +117,7 @@ class TokenDataset(Dataset):
         window = self.windows[i].long()       # (..., T + 1)
         return window[..., :-1], window[..., 1:]
 
-    __getitems__ = __getitem__                # PyTorch asks for whole batches
+    __getitems__ = __getitem__                # for a `DataLoader`: see below
 
     @property
     def tail(self) -> int: # from 0 to stride - 1
@@ -234,6 +234,23 @@ def make_dataloader(
     dataset = TokenDataset(ids, context_length, stride, vocab_size)
     return TokenLoader(dataset, batch_size, shuffle, drop_last, seed, workers)
 
+# %% ../nbs/04_windows.ipynb #fbd9a346
+def _nearest_end(
+    row: Tensor, # (N,) ids
+    at: int, # a place in it
+    separator: int, # the id at the end of each document
+) -> int: # the place behind a separator that is nearest to `at`
+    "Look around `at`, further and further, for the end of a document."
+    reach = 2 ** 10
+    while True:
+        low, high = max(0, at - reach), min(len(row) - 1, at + reach)
+        ends = low + 1 + (row[low:high] == separator).nonzero().flatten()
+        if len(ends): return ends[(ends - at).abs().argmin()].item()
+        if high - low == len(row) - 1: raise ValueError(
+            f"separator={separator} stands nowhere but at the end, so there "
+            "is one document; cut it with separator=None")
+        reach *= 2
+
 # %% ../nbs/04_windows.ipynb #5b51a1f3
 def split_ids(
     ids: "Tensor | np.ndarray | Sequence[int] | TokenFile", # (N,) ids
@@ -252,29 +269,13 @@ def split_ids(
                          "empty; give more ids")
     return ids[:at], ids[at:]
 
-def _nearest_end(
-    row: Tensor, # (N,) ids
-    at: int, # a place in it
-    separator: int, # the id at the end of each document
-) -> int: # the place behind a separator that is nearest to `at`
-    "Look around `at`, further and further, for the end of a document."
-    reach = 2 ** 10
-    while True:
-        low, high = max(0, at - reach), min(len(row) - 1, at + reach)
-        ends = low + 1 + (row[low:high] == separator).nonzero().flatten()
-        if len(ends): return ends[(ends - at).abs().argmin()].item()
-        if high - low == len(row) - 1: raise ValueError(
-            f"separator={separator} stands nowhere but at the end, so there "
-            "is one document; cut it with separator=None")
-        reach *= 2
-
 # %% ../nbs/04_windows.ipynb #a7c680f6
 def safe_cut(
     data: bytes, # a part of a text in UTF-8
     encode: Callable[[str], Sequence[int]], # text to ids
     tries: int = 1000, # places that may be tried
 ) -> int: # the last place in bytes where a cut changes no id; 0: none found
-    "Find a cut before white space that the tokenizer does not notice."
+    "Find a cut before white space, and try that it changes no id."
     at = len(data)
     while tries:
         at = max(data.rfind(b" ", 0, at), data.rfind(b"\n", 0, at))
@@ -286,6 +287,23 @@ def safe_cut(
             return at
         tries -= 1
     return 0
+
+# %% ../nbs/04_windows.ipynb #cebf4859
+def _decode(
+    path: Path, # where the bytes come from, for the message
+    start: int, # their place in it
+    data: bytes, # a piece of it
+) -> str: # its text, without the mark that some editors put first
+    "Read bytes as UTF-8, or say which byte is none."
+    try: text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        guess = ("UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff")
+                 else "Latin-1")
+        raise ValueError(
+            f"{path} is not UTF-8: byte {data[error.start]:#04x} at "
+            f"{start + error.start} ({error.reason}). If it is {guess}, "
+            f"convert it: iconv -f {guess} -t UTF-8") from None
+    return text if start else text.removeprefix("\ufeff")
 
 # %% ../nbs/04_windows.ipynb #9746f899
 PIECE = 2 ** 20             # bytes of text that are encoded at a time
@@ -314,22 +332,6 @@ def read_pieces(
             text, data = _decode(path, start, data[:cut]), data[cut:]
             start += cut
             yield text, start, last
-
-def _decode(
-    path: Path, # where the bytes come from, for the message
-    start: int, # their place in it
-    data: bytes, # a piece of it
-) -> str: # its text, without the mark that some editors put first
-    "Read bytes as UTF-8, or say which byte is none."
-    try: text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        guess = ("UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff")
-                 else "Latin-1")
-        raise ValueError(
-            f"{path} is no UTF-8: byte {data[error.start]:#04x} at "
-            f"{start + error.start} ({error.reason}). If it is {guess}, "
-            f"convert it: iconv -f {guess} -t UTF-8") from None
-    return text if start else text.removeprefix("\ufeff")
 
 # %% ../nbs/04_windows.ipynb #55a86ecb
 HEADER = 1024               # bytes in front of the ids
@@ -421,7 +423,7 @@ class TokenFile:
         wanted = HEADER + self._count * self._dtype.itemsize
         if size != wanted:
             fault = ("is cut short" if size < wanted else
-                     "has something behind its ids")
+                     "has extra bytes after its ids")
             raise ValueError(f"{fault}: {self._count:,} ids need {wanted:,} "
                              f"bytes, and it has {size:,}; write it again "
                              "with tokenize_files")
@@ -689,6 +691,34 @@ def _finished(
     except (OSError, ValueError): return None
     return file if file.job == job else None
 
+# %% ../nbs/04_windows.ipynb #d33e750a
+def _encode_all(
+    draft: _Draft, # grows
+    paths: Sequence[Path], # texts
+    sizes: Sequence[int], # their bytes
+    encoder: _Encoder, # turns texts into bytes of ids
+    workers: int, # processes; 0: this one
+    progress: bool | None, # a bar; None: only in a terminal
+) -> None:
+    "Encode what is left to do, and say how far it came if that fails."
+    text, byte = draft.fields["text"], draft.fields["byte"]
+    done = sum(sizes[:text]) + byte
+    bar = tqdm(desc=draft.path.name, unit="B", unit_scale=True,
+               total=sum(sizes), initial=done,
+               disable=None if progress is None else not progress)
+    try:
+        with bar:
+            batches = _batches(paths, text, byte, encoder.encode)
+            for (ids, ended), where in _in_order(encoder, workers, batches):
+                draft.add(ids, ended, where["text"], where["byte"])
+                done += where["size"]
+                bar.update(where["size"])
+    except BaseException as error:
+        error.add_note(f"{draft.path} was not written. {draft.part.name} "
+                       f"holds {done / sum(sizes):.0%} of the work, and the "
+                       "same call goes on from there.")
+        raise
+
 # %% ../nbs/04_windows.ipynb #a336b461
 def tokenize_files(
     files: "str | os.PathLike | Iterable[str | os.PathLike]", # files, folders
@@ -733,30 +763,3 @@ def tokenize_files(
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
     return TokenFile(path)
-
-def _encode_all(
-    draft: _Draft, # grows
-    paths: Sequence[Path], # texts
-    sizes: Sequence[int], # their bytes
-    encoder: _Encoder, # turns texts into bytes of ids
-    workers: int, # processes; 0: this one
-    progress: bool | None, # a bar; None: only in a terminal
-) -> None:
-    "Encode what is left to do, and say how far it came if that fails."
-    text, byte = draft.fields["text"], draft.fields["byte"]
-    done = sum(sizes[:text]) + byte
-    bar = tqdm(desc=draft.path.name, unit="B", unit_scale=True,
-               total=sum(sizes), initial=done,
-               disable=None if progress is None else not progress)
-    try:
-        with bar:
-            batches = _batches(paths, text, byte, encoder.encode)
-            for (ids, ended), where in _in_order(encoder, workers, batches):
-                draft.add(ids, ended, where["text"], where["byte"])
-                done += where["size"]
-                bar.update(where["size"])
-    except BaseException as error:
-        error.add_note(f"{draft.path} was not written. {draft.part.name} "
-                       f"holds {done / sum(sizes):.0%} of the work, and the "
-                       "same call goes on from there.")
-        raise

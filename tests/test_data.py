@@ -332,7 +332,7 @@ def test_a_byte_that_is_no_utf8_is_named_with_its_place(tmp_path):
     good = b'tea ' * 1000
     for at in (0, 1, 1500, 3999):
         (tmp_path/'bad.txt').write_bytes(good[:at] + b'\xe9' + good[at:])
-        with pytest.raises(ValueError, match=rf'bad.txt is no UTF-8: byte 0xe9 at {at} .*iconv -f Latin-1'): list(read_pieces(tmp_path/'bad.txt', 0, GPT2.encode, 100))
+        with pytest.raises(ValueError, match=rf'bad.txt is not UTF-8: byte 0xe9 at {at} .*iconv -f Latin-1'): list(read_pieces(tmp_path/'bad.txt', 0, GPT2.encode, 100))
     (tmp_path/'bad.txt').write_bytes(good + '茶'.encode()[:2])
     with pytest.raises(ValueError, match='byte 0xe8 at 4000 .unexpected end'): list(read_pieces(tmp_path/'bad.txt', 0, GPT2.encode, 100))
     (tmp_path/'bad.txt').write_bytes('tea'.encode('utf-16'))
@@ -630,7 +630,7 @@ def test_each_fault_of_a_file_has_its_message(texts):
         return str(caught.value)
     for size in (HEADER, HEADER + 1, len(whole) - 1): assert said(whole[:size]).startswith('x.ids is cut short: ')
     for size in (50, HEADER - 1): assert said(whole[:size]).startswith('x.ids is cut short, in its header')
-    assert said(whole + b'\0').startswith('x.ids has something behind its ids')
+    assert said(whole + b'\0').startswith('x.ids has extra bytes after its ids')
     for foreign in (b'', b'PK\x03\x04', STORY.encode(), b'{"format": "something else"}', whole[HEADER:]): assert said(foreign).startswith('x.ids is no id file: it begins with')
     future = json.dumps({**head, 'version': 2}).encode().ljust(HEADER - 1) + b'\n'
     assert said(future + whole[HEADER:]) == 'x.ids has version 2, and only 1 is known here; update the package'
