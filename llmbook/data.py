@@ -165,7 +165,7 @@ class TokenLoader(DataLoader):
         batch_size: int = 8, # B, windows in a batch
         shuffle: bool = True, # another order in each epoch
         drop_last: bool = True, # leave out a last batch that is not full
-        seed: int = 123, # of the order, from 0 to 2**32 - 1
+        seed: int = 123, # of the order, 0 or more
         workers: int = 0, # processes that fetch ahead; 0: none
     ):
         batch_size = check_count("batch_size", batch_size)
@@ -226,7 +226,7 @@ def make_dataloader(
     stride: int | None = None, # ids from window to window; None: T
     shuffle: bool = True, # another order in each epoch
     drop_last: bool = True, # leave out a last batch that is not full
-    seed: int = 123, # of the order, from 0 to 2**32 - 1
+    seed: int = 123, # of the order, 0 or more
     workers: int = 0, # processes that fetch ahead; 0: none
     vocab_size: int | None = None, # refuse other ids; None: do not look
 ) -> TokenLoader: # gives inputs and targets, both (B, T) int64
@@ -282,7 +282,7 @@ def safe_cut(
         if at <= 0: break
         left = data[max(0, at - 100):at].decode("utf-8", "ignore")
         right = data[at:at + 100].decode("utf-8", "ignore")
-        if left[-1:].isspace() or not left: continue
+        if left[-1:].isspace(): continue
         if [*encode(left + right)] == [*encode(left), *encode(right)]:
             return at
         tries -= 1
@@ -303,7 +303,7 @@ def _decode(
             f"{path} is not UTF-8: byte {data[error.start]:#04x} at "
             f"{start + error.start} ({error.reason}). If it is {guess}, "
             f"convert it: iconv -f {guess} -t UTF-8") from None
-    return text if start else text.removeprefix("\ufeff")
+    return text.removeprefix("\ufeff")    # all later pieces begin with a blank
 
 # %% ../nbs/04_windows.ipynb #9746f899
 PIECE = 2 ** 20             # bytes of text that are encoded at a time
@@ -448,7 +448,7 @@ class TokenFile:
         if step != 1: raise ValueError(f"a part of an id file has no step, "
                                        f"got {step}; use .ids[{low}::{step}]")
         return TokenFile(self._place, self.start + low,
-                         self.start + max(low, high))
+                         self.start + high)
 
     def verify(self) -> None: # reads the whole file
         "Refuse a file in which an id has changed since it was written."
@@ -469,7 +469,8 @@ class _Draft:
         path: Path, # its name in the end
         fields: dict, # of the header, as far as they are known
     ):
-        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.path = Path(os.path.realpath(path))      # a link stays a link
+        self.part = self.path.with_name(self.path.name + ".part")
         self.fields = {**fields, "count": 0, "documents": 0, "text": 0,
                        "byte": 0}            # … and where to go on reading
         self.digest, self.saved = hashlib.sha256(), 0.0
@@ -668,7 +669,9 @@ def _check_target(
     if path.is_dir(): raise IsADirectoryError(
         f"path={path} is a folder; name a file in it, such as "
         f"{path / 'corpus.ids'}")
-    if any(path.absolute() == text.absolute() for text in paths):
+    if path.exists() and not path.is_file(): raise ValueError(
+        f"path={path} is a device or a pipe, not a file; choose another")
+    if any(path.exists() and path.samefile(text) for text in paths):
         raise ValueError(f"path={path} is one of the texts; choose another")
 
 def _job(
@@ -714,9 +717,9 @@ def _encode_all(
                 done += where["size"]
                 bar.update(where["size"])
     except BaseException as error:
-        error.add_note(f"{draft.path} was not written. {draft.part.name} "
-                       f"holds {done / sum(sizes):.0%} of the work, and the "
-                       "same call goes on from there.")
+        error.add_note(f"{draft.path.name} was not written. "
+                       f"{draft.part.name} holds {done / sum(sizes):.0%} of "
+                       "the work, and the same call goes on from there.")
         raise
 
 # %% ../nbs/04_windows.ipynb #a336b461
@@ -748,7 +751,7 @@ def tokenize_files(
               "tokenizer": fingerprint(tokenizer)}
     job = _job(fields, paths, marks)
     if (done := _finished(path, job)) is not None: return done
-    lock = FileLock(f"{path}.lock", timeout=0)
+    lock = FileLock(f"{os.path.realpath(path)}.lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise ValueError(
         f"path={path} is being written by another process; wait for it, or "

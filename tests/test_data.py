@@ -177,7 +177,10 @@ def test_a_restored_loader_goes_on(n, batch_size, shuffle, drop_last, stop):
     assert state['epoch'] == stop // len(stopped) and state['batch'] == stop % len(stopped)
     restored.load_state_dict(state)
     assert restored.state_dict() == state
-    assert list(islice(endless(restored), 2 * len(stopped) + 1)) == wanted[stop:]
+    assert list(islice(endless(restored), 1)) == wanted[stop:stop + 1]
+    again = loader()
+    again.load_state_dict(restored.state_dict())      # stopped and restored a second time
+    assert list(islice(endless(again), 2 * len(stopped))) == wanted[stop + 1:]
 
 
 def test_a_loop_that_is_begun_anew():
@@ -231,6 +234,7 @@ def test_workers_on_every_platform(method, tmp_path):
 def test_a_state_of_another_loader_is_refused():
     loader = make_dataloader(range(100), 4, batch_size=3, stride=2)
     state = loader.state_dict()
+    with pytest.raises(ValueError, match='context_length=4, and this one has context_length=5'): make_dataloader(range(100), 5, batch_size=3, stride=2).load_state_dict(state)
     for other in (dict(batch_size=2), dict(stride=3), dict(seed=5), dict(shuffle=False), dict(drop_last=False)):
         with pytest.raises(ValueError, match=f'{next(iter(other))}='): make_dataloader(range(100), 4, **{'batch_size': 3, 'stride': 2, **other}).load_state_dict(state)
     with pytest.raises(ValueError, match='windows=48.*windows=47'): make_dataloader(range(98), 4, batch_size=3, stride=2).load_state_dict(state)
@@ -339,6 +343,11 @@ def test_a_byte_that_is_no_utf8_is_named_with_its_place(tmp_path):
     with pytest.raises(ValueError, match='at 0 .*iconv -f UTF-16'): list(read_pieces(tmp_path/'bad.txt'))
 
 
+def test_the_mark_that_some_editors_put_first_is_no_text(tmp_path):
+    (tmp_path/'t').write_bytes('\ufefftea for \ufefftwo'.encode())
+    assert [p for p, *_ in read_pieces(tmp_path/'t', 0, GPT2.encode, 8)] == ['tea', ' for', ' \ufefftwo']
+
+
 def test_a_text_without_a_place_to_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(data, '_TOO_LONG', 500)
     (tmp_path/'t').write_text('a' * 400)
@@ -388,38 +397,48 @@ def test_the_number_of_workers_changes_no_byte(texts):
 class Counting:
     "GPT-2's tokenizer, which fails at its n-th text."
     vocab, vocab_size, encode = GPT2.vocab, GPT2.vocab_size, GPT2.encode
-    def __init__(self, fail_at=None, error=KeyboardInterrupt): self.left, self.error = fail_at, error
+    def __init__(self, fail_at=None, error=KeyboardInterrupt): self.left, self.error, self.seen = fail_at, error, 0
     def encode_ordinary(self, text):
+        self.seen += len(text)
         if self.left is not None:
             self.left -= 1
             if self.left < 0: raise self.error
         return GPT2.encode_ordinary(text)
 
 
-def test_interrupted_anywhere_it_goes_on_and_ends_in_the_same_bytes(texts, monkeypatch):
+@pytest.mark.parametrize('workers', [0, 2])
+def test_interrupted_anywhere_it_goes_on_and_ends_in_the_same_bytes(texts, monkeypatch, workers):
     monkeypatch.setattr(data, 'safe_cut', lambda raw, encode, cut=safe_cut: cut(raw, GPT2.encode_ordinary))      # so that only pieces are counted
-    whole = tokenize_files('texts', 'corpus.ids', Counting())
-    wanted = Path('corpus.ids').read_bytes()
-    shares = []
-    for fail_at in (0, 1, 2, 5, 9, 14):
+    def encode(tokenizer): return tokenize_files('texts', 'corpus.ids', tokenizer, workers)
+    first = Counting()
+    encode(first)
+    wanted, shares = Path('corpus.ids').read_bytes(), []
+    for fail_at in (0, 1, 2, 5, 9, 14):          # interrupted again and again, after so many pieces
         Path('corpus.ids').unlink()
-        for _ in range(100):           # interrupted again and again, each time at its third piece
-            try: tokenize_files('texts', 'corpus.ids', Counting(max(fail_at, 1) if shares else fail_at))
+        for _ in range(30 if fail_at > 1 else 1):
+            try: encode(Counting(fail_at))
             except KeyboardInterrupt as error:
                 assert not Path('corpus.ids').exists() and Path('corpus.ids.part').exists() and not Path('corpus.ids.lock').exists()
                 shares.append(error.__notes__[0].split()[6])
             else: break
-            if fail_at <= 1: break
-        tokenize_files('texts', 'corpus.ids')
+        last = Counting()
+        encode(last)
         assert Path('corpus.ids').read_bytes() == wanted
+        if not workers: assert (last.seen == first.seen > 0) if fail_at == 0 else (last.seen < first.seen), 'what was done is not done again'
     assert len(set(shares)) > 5, shares
-    assert whole.tokenizer == fingerprint(GPT2)
 
 
 def test_what_another_work_has_left_is_not_taken_up(texts):
-    with pytest.raises(KeyboardInterrupt): tokenize_files('texts', 'corpus.ids', Counting(40))
+    with pytest.raises(KeyboardInterrupt): tokenize_files('texts', 'corpus.ids', Counting(40), workers=0)
     assert Path('corpus.ids.part').stat().st_size > HEADER
     assert tokenize_files('texts/f.txt', 'corpus.ids').ids.tolist() == [*GPT2.encode('The end.'), EOT]
+    with pytest.raises(KeyboardInterrupt): tokenize_files('texts', 'corpus.ids', Counting(40), workers=0)
+    part = Path('corpus.ids.part').read_bytes()
+    for changed in (part + b'more than the header knows of', part[:-1], part[:HEADER]):
+        Path('corpus.ids.part').write_bytes(changed)
+        assert tokenize_files('texts', 'corpus.ids').ids.tolist() == texts
+        tokenize_files('texts', 'corpus.ids').verify()
+        Path('corpus.ids').unlink()
     for rubbish in (b'', b'rubbish', b'{"format": "llmbook token ids, unfinished"}' + b' ' * 2000):
         Path('corpus.ids.part').write_bytes(rubbish)
         assert tokenize_files('texts', 'corpus.ids').ids.tolist() == texts
@@ -432,7 +451,7 @@ def test_work_that_is_done_is_not_done_again_and_other_work_is(texts):
     Path('texts/f.txt').write_text('The very end.')
     assert tokenize_files('texts', 'corpus.ids')[-5:].ids.tolist() == [*GPT2.encode('The very end.'), EOT]
     before = Path('corpus.ids').read_bytes()
-    with pytest.raises(KeyboardInterrupt): tokenize_files('texts/a.txt', 'corpus.ids', Counting(1))
+    with pytest.raises(KeyboardInterrupt): tokenize_files('texts/a.txt', 'corpus.ids', Counting(1), workers=0)
     assert Path('corpus.ids').read_bytes() == before, 'the old file stays until the new one is whole'
     Path('corpus.ids').write_bytes(before[:-1])
     assert len(tokenize_files('texts', 'corpus.ids')) == (len(before) - HEADER) // 2, 'a damaged file is written again'
@@ -443,7 +462,7 @@ def test_a_text_that_changes_while_it_is_read(texts):
         def encode_ordinary(self, text):
             with open('texts/f.txt', 'a') as file: file.write(' No.')
             return GPT2.encode_ordinary(text)
-    with pytest.raises(ValueError, match='a text has changed while it was read'): tokenize_files('texts', 'corpus.ids', Changing())
+    with pytest.raises(ValueError, match='a text has changed while it was read'): tokenize_files('texts', 'corpus.ids', Changing(), workers=0)
     assert not Path('corpus.ids').exists()
 
 
@@ -519,7 +538,7 @@ def test_two_writers_do_not_meet(texts):
             if text == 'The end.':
                 with pytest.raises(ValueError, match='path=corpus.ids is being written by another process'): tokenize_files('texts', 'corpus.ids', GPT2)
             return GPT2.encode_ordinary(text)
-    tokenize_files('texts', 'corpus.ids', Second())
+    tokenize_files('texts', 'corpus.ids', Second(), workers=0)
     assert TokenFile('corpus.ids').ids.tolist() == texts
 
 
@@ -639,7 +658,7 @@ def test_each_fault_of_a_file_has_its_message(texts):
         changed[at] ^= 1
         assert said(changed, verify=True).startswith('x.ids is damaged: the sha256')
     with pytest.raises(FileNotFoundError): TokenFile('nothing.ids')
-    with pytest.raises(KeyboardInterrupt): tokenize_files('texts', 'y.ids', Counting(3))
+    with pytest.raises(KeyboardInterrupt): tokenize_files('texts', 'y.ids', Counting(3), workers=0)
     with pytest.raises(ValueError, match='y.ids.part is not finished'): TokenFile('y.ids.part')
 
 
@@ -685,6 +704,19 @@ def test_ids_outside_the_vocabulary_are_refused(texts):
     class Lying(Counting):
         vocab, vocab_size = GPT2.vocab, 50_000
     with pytest.raises(ValueError, match='with vocab_size=50000, ids run from 0 to 49999'): tokenize_files('texts', 'x.ids', Lying(), separator=1)
+    class Wild:
+        vocab_size, decode = 300, lambda self, ids: str(ids)
+        def __init__(self, *ids): self.ids = list(ids)
+        def encode(self, text): return self.ids
+    for wild in (Wild(300), Wild(0, -1), Wild(7, 300, 5)):
+        with pytest.raises(ValueError, match='with vocab_size=300, ids run from 0 to 299'): tokenize_files('texts/f.txt', 'x.ids', wild, separator=299)
+    with pytest.raises(ValueError, match='separator=300 is no id'): tokenize_files('texts/f.txt', 'x.ids', Wild(1), separator=300)
+    assert tokenize_files('texts/f.txt', 'x.ids', Wild(299, 0), separator=7).ids.tolist() == [299, 0, 7]
+    Path('x.ids').unlink()
+    for size, bits in ((2**16, 16), (2**16 + 1, 32)):
+        Wild.vocab_size = size
+        file = tokenize_files('texts/f.txt', f'{bits}.ids', Wild(size - 1), separator=0)
+        assert file.ids.tolist() == [size - 1, 0] and f'{bits} bits' in repr(file)
     assert not Path('x.ids').exists()
 
 
@@ -713,6 +745,18 @@ def test_places_where_no_file_can_be_written(texts):
         with pytest.raises(error, match=message): tokenize_files('texts/a.txt', path)
     with pytest.raises(ValueError, match='nothing to encode: texts/b/c.txt is empty$'): tokenize_files('texts/b/c.txt', 'x.ids')
     assert Path('texts/a.txt').read_bytes() == STORY.encode() and not list(Path().glob('x.*'))
+
+
+@POSIX
+def test_a_link_stays_a_link_and_a_device_a_device(texts):
+    Path('far').mkdir()
+    Path('link.ids').symlink_to('far/real.ids')
+    assert tokenize_files('texts', 'link.ids').ids.tolist() == texts
+    assert Path('link.ids').is_symlink() and [p.name for p in Path('far').iterdir()] == ['real.ids']
+    os.mkfifo('pipe')
+    with pytest.raises(ValueError, match='path=pipe is a device or a pipe'): tokenize_files('texts', 'pipe')
+    Path('a.link').symlink_to('texts/a.txt')
+    with pytest.raises(ValueError, match='path=a.link is one of the texts'): tokenize_files('texts/a.txt', 'a.link')
 
 
 def test_a_bar_where_somebody_looks(texts, capsys):
