@@ -201,14 +201,16 @@ def check_blind_to_order():
            "all but the last place are erased")
     yield ("blind_to_order(lambda x: x * (places < 1), x)", False,
            "all but the first place are erased")
+    yield ("blind_to_order(lambda x: x + 0.01 * places[:3], x[:3])", False,
+           "three tokens, and the place makes a small difference")
     large = torch.tensor([[0.1], [0.7], [0.3], [100.]])
     yield ("blind_to_order(lambda x: x.cumsum(0)[-1:].expand(4, 1), large)",
            True, "all get the sum; its last digit depends on the order")
 
 @check_blind_to_order.wrong
 def not_carried_along(mix, x):
-    """The results are compared place by place, but the tokens have moved.
-    Put the rows of mix(x) in the same order: mix(x)[order]."""
+    """Results are compared that do not belong to the same tokens. In x[order]
+    the tokens have moved; mix(x)[order] moves the results of x with them."""
     from itertools import permutations
     import torch
     return all(torch.allclose(mix(x[list(order)]), mix(x), atol=1e-5)
@@ -234,21 +236,23 @@ def with_a_tuple(mix, x):
 
 @check_blind_to_order.wrong
 def turned_round(mix, x):
-    """Only the reverse order was tried. There, neighbours stay neighbours;
-    other orders part them."""
+    """Not all orders were tried. Turned round, or moved along in a ring,
+    neighbours stay neighbours; other orders part them."""
     import torch
     return torch.allclose(mix(x.flip(0)), mix(x).flip(0), atol=1e-5)
 
 @check_blind_to_order.wrong
 def the_first_two(mix, x):
-    "Only the first two tokens change places; the trouble may be at the end."
+    """Not all orders were tried: the last token has never moved, and the
+    trouble is there."""
     import torch
     order = [1, 0, *range(2, len(x))]
     return torch.allclose(mix(x[order]), mix(x)[order], atol=1e-5)
 
 @check_blind_to_order.wrong
 def the_last_two(mix, x):
-    "Only the last two tokens change places; the trouble may be in front."
+    """Not all orders were tried: the first token has never moved, and the
+    trouble is there."""
     import torch
     order = [*range(len(x) - 2), len(x) - 1, len(x) - 2]
     return torch.allclose(mix(x[order]), mix(x)[order], atol=1e-5)
