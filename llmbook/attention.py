@@ -62,18 +62,6 @@ def _check_vectors(
                          f"the text, as ids[..., -{context_length}:] does, "
                          f"or build with context_length={x.shape[-2]}")
 
-def _check_dropout(
-    dropout: float, # what should be a share
-) -> float: # the same
-    "Refuse a share that is not in [0, 1)."
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout={dropout!r} is not a number; give a float "
-                        "in [0, 1), such as 0.1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is not in [0, 1); 0.0 drops "
-                         "nothing, 0.1 a tenth")
-    return float(dropout)
-
 # %% ../nbs/06_attention.ipynb #16346795
 class SelfAttention(nn.Module):
     "Every token looks at all tokens of its text (one head)."
@@ -118,6 +106,19 @@ def causal_mask(
         raise ValueError(f"T={T} and S={S}; the queries are the last T of "
                          "the S places, so T must be from 0 to S")
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+# %% ../nbs/06_attention.ipynb #b48de87a
+def _check_dropout(
+    dropout: float, # what should be a share
+) -> float: # the same
+    "Refuse a share that is not in [0, 1)."
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout={dropout!r} is not a number; give a float "
+                        "in [0, 1), such as 0.1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is not in [0, 1); 0.0 drops "
+                         "nothing, 0.1 a tenth")
+    return float(dropout)
 
 # %% ../nbs/06_attention.ipynb #4d3b4f8d
 class CausalSelfAttention(SelfAttention):
