@@ -57,8 +57,8 @@ def _check_vectors(
                          f"must be n_embd={n_embd} and the one before it the "
                          "tokens, as in (..., T, C)")
     if context_length is not None and x.shape[-2] > context_length:
-        raise ValueError(f"x has {x.shape[-2]} tokens; context_length="
-                         f"{context_length} allows no more than that. Cut "
+        raise ValueError(f"x has {x.shape[-2]} tokens, and context_length="
+                         f"{context_length} allows no more than that; cut "
                          f"the text, as ids[..., -{context_length}:] does, "
                          f"or build with context_length={x.shape[-2]}")
 

@@ -280,7 +280,7 @@ def test_what_is_no_row_of_vectors(layer):
 def test_a_text_longer_than_the_context():
     layer = CausalSelfAttention(4, 3, 6)
     assert layer(torch.ones(2, 6, 4)).shape == (2, 6, 3)
-    with pytest.raises(ValueError, match=r'^x has 7 tokens; context_length=6 allows no more than that\. .*ids\[\.\.\., -6:\].*context_length=7$'): layer(torch.ones(2, 7, 4))
+    with pytest.raises(ValueError, match=r'^x has 7 tokens, and context_length=6 allows no more than that; cut the text, as ids\[\.\.\., -6:\].*context_length=7$'): layer(torch.ones(2, 7, 4))
 
 
 def test_sizes_and_shares():
