@@ -36,6 +36,9 @@ def convert(cell) -> None:
     for tag in list(tags):
         if m := re.match(r'(uncompared|rtol=[\d.]+): (.*)', tag):
             room = 'Not compared' if m[1] == 'uncompared' else f'Compared within {100 * float(m[1][5:]):g} % of each value'
+            if 'figure' in mystnb:                # a second output would be a second figure of the same name
+                mystnb['figure']['caption'] += f' ({room}: {m[2]}.)'
+                continue
             note = f'<p class="llm-note">{room}: {escape(m[2])}.</p>'
             cell.outputs.append(nbformat.v4.new_output('display_data', {'text/html': note}))
         if tag.startswith('fold: '):        # `fold: Show the drawing code` folds the code behind that line

@@ -115,6 +115,12 @@ def test_a_far_larger_future_is_nothing():
     same(weights, torch.tensor([[1 / (1 + math.e), math.e / (1 + math.e), 0.0]]))
 
 
+def test_what_is_hidden_gets_nothing_however_low_the_rest():
+    q, k = torch.tensor([[1.0]]), torch.tensor([[-1e30], [0.0]])
+    assert scaled_dot_product_attention(q, k, k, torch.tensor([[True, False]]))[1].tolist() == [[1.0, 0.0]]
+    assert scaled_dot_product_attention(q, k, k, torch.tensor([[False, False]]))[1].isnan().all()      # nothing to share out
+
+
 @given(st.integers(0, 9), st.integers(0, 9))
 def test_the_mask(T, S):
     if T > S:
@@ -235,6 +241,21 @@ def test_dropout():
     assert math.isclose((dropped == 0).double().mean().item(), 0.3, abs_tol=0.01)
 
 
+def test_dropout_takes_single_weights():
+    q, k, v = torch.zeros(40, 2).double(), torch.zeros(30, 2).double(), torch.randn(30, 5).double()
+    set_seed(1)
+    dropped = scaled_dot_product_attention(q, k, torch.eye(30).double(), dropout=0.3)[0]
+    set_seed(1)
+    same(scaled_dot_product_attention(q, k, v, dropout=0.3)[0], dropped @ v)     # not numbers of the context
+    assert dropped.ne(0).any(0).all() and dropped.ne(0).any(1).all()             # nor whole columns or rows
+
+
+def test_nothing_is_added_unasked():
+    for layer in (SelfAttention(4, 3), CausalSelfAttention(4, 3, 6)): assert len(list(layer.parameters())) == 3
+    assert CausalSelfAttention(4, 3, 6).dropout == 0.0
+    assert type(CausalSelfAttention(4, 3, 6, 0).dropout) is float
+
+
 def test_a_state_from_a_file_and_a_copy():
     layer, file = SelfAttention(4, 3, bias=True), io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -255,6 +276,13 @@ def test_compiled_in_one_piece_and_without_memory():
         same(compiled(x), layer(x))
     torch._dynamo.reset()
     with torch.device('meta'): assert CausalSelfAttention(4, 3, 9)(torch.empty(2, 5, 4)).shape == (2, 5, 3)
+
+
+def test_the_mask_lies_where_x_lies():
+    layer, x = CausalSelfAttention(4, 3, 9), torch.randn(2, 5, 4)
+    expected = layer(x)
+    with torch.device('meta'): assert torch.equal(layer(x), expected)            # whatever the default device
+    assert layer.to('meta')(x.to('meta')).is_meta
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])

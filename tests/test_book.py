@@ -25,6 +25,8 @@ def test_directives_become_tags_and_never_show():
     assert 'hide-input' in folded.metadata.tags and folded.metadata.mystnb['code_prompt_show'] == 'Show the drawing code'
     wider, = read(new_code_cell('x', metadata={'tags': ['rtol=0.005: dropout differs by platform']}))
     assert 'within 0.5 % of each value: dropout' in wider.outputs[-1].data['text/html']
+    drawn, = read(new_code_cell('#| label: fig-x\n#| fig-cap: A time.\nx', metadata={'tags': ['uncompared: it draws a measured time']}))
+    assert not drawn.outputs and drawn.metadata.mystnb['figure'] == {'caption': 'A time. (Not compared: it draws a measured time.)', 'name': 'fig-x'}
     assert read(new_markdown_cell('#| a heading'))[0].source == '#| a heading'
     assert split_directives('x = 1\n#| export') == ({}, 'x = 1\n#| export')
 

@@ -76,6 +76,7 @@ EXPORTS = {      # what later pages and users rely on
     'bpe': 'GPT2_SPLIT count_pairs merge_pair train_merges BPETokenizer gpt2_tokenizer gpt2_encoding',
     'embedding': 'TokenEmbedding PositionEmbedding',
     'attention': 'softmax causal_mask scaled_dot_product_attention SelfAttention CausalSelfAttention',
+    'multihead': 'MultiHeadAttention',
 }
 
 
