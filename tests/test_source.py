@@ -77,6 +77,7 @@ EXPORTS = {      # what later pages and users rely on
     'embedding': 'TokenEmbedding PositionEmbedding',
     'attention': 'softmax causal_mask scaled_dot_product_attention SelfAttention CausalSelfAttention',
     'multihead': 'MultiHeadAttention',
+    'transformer': 'LayerNorm GELU FeedForward TransformerBlock',
 }
 
 
