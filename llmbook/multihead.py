@@ -46,8 +46,8 @@ class MultiHeadAttention(nn.Module):
         "Queries, keys and values, cut into heads."
         _check_vectors(x, self.n_embd, self.context_length)
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))
-        q, k, v = qkv.transpose(-4, -2).unbind(-3)  # (..., H, 3, T, D) in 3
-        return q, k, v
+        qkv = qkv.transpose(-4, -2)                  # (..., H, 3, T, D)
+        return qkv.unbind(-3)
 
     def _join(
         self,

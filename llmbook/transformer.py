@@ -42,8 +42,6 @@ class LayerNorm(nn.Module):
 # %% ../nbs/08_transformer.ipynb #705c6738
 class GELU(nn.Module):
     "Let large numbers through and small ones fade, smoothly (tanh form)."
-    def __init__(self): super().__init__()
-
     def forward(
         self,
         x: Tensor, # any shape

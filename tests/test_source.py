@@ -109,8 +109,8 @@ def public():
         for name in module.__all__:
             obj = getattr(module, name)
             if not callable(obj) or isinstance(obj, type) and issubclass(obj, BaseException): continue
-            own = is_dataclass(obj) or '__init__' not in vars(obj) if isinstance(obj, type) else True
-            yield f'{module.__name__}.{name}', obj, obj if own else obj.__init__
+            own = is_dataclass(obj) or not isinstance(obj, type)
+            yield f'{module.__name__}.{name}', obj, obj if own else vars(obj).get('__init__', lambda: None)      # without one of its own there is nothing to say
             for key, method in vars(obj).items() if isinstance(obj, type) else ():
                 if isinstance(method, (classmethod, staticmethod)): method = method.__func__
                 if not key.startswith('_') and callable(method): yield f'{module.__name__}.{name}.{key}', method, method
