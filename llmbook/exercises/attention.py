@@ -12,7 +12,7 @@ __all__ = ['check_moved', 'not_transposed', 'query_and_key_swapped', 'key_and_va
 # %% ../../nbs/06_attention.ipynb #6ce321af
 from ..checking import exercise
 
-@exercise("6.1", "Moved weights")
+@exercise("6.1", "Moved matrices")
 def check_moved():
     import torch
     torch.manual_seed(1)
