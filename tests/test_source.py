@@ -78,6 +78,7 @@ EXPORTS = {      # what later pages and users rely on
     'attention': 'softmax causal_mask scaled_dot_product_attention SelfAttention CausalSelfAttention',
     'multihead': 'MultiHeadAttention',
     'transformer': 'LayerNorm GELU FeedForward TransformerBlock',
+    'gpt': 'GPTConfig GPT2_SIZES GPT',
 }
 
 
