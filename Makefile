@@ -20,7 +20,7 @@ help:        ## this list
 	@echo "make lab     open the pages in JupyterLab (DIR=_build/student for the student edition)"
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
 	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
-	@echo "make bench   measure tokenizer and data beside their peers, each in one run"
+	@echo "make bench   measure tokenizer, data and generation beside their peers, each in one run"
 	@echo "make clean   remove what was built; .venv and the student edition stay"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
 
@@ -53,6 +53,7 @@ pages: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/bpe.py
 	$(PY) benchmarks/data.py
+	$(PY) benchmarks/generate.py
 
 clean:
 	$(PYTHON) -c "import shutil; from pathlib import Path; [shutil.rmtree(d, ignore_errors=True) for d in (*(p for p in Path('_build').glob('*') if p.name != 'student'), 'build', 'dist', 'llmbook.egg-info', '.pytest_cache', '.hypothesis')]"

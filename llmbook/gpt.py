@@ -96,12 +96,19 @@ class GPT(nn.Module):
     def forward(
         self,
         ids: Tensor, # (..., T) int64 or int32, token ids
+        cache: object = None, # of the tokens before; None: there are none
+        last_only: bool = False, # logits of the last place alone: T is 1
     ) -> Tensor: # (..., T, V) logits
         "Scores of all tokens that could come next, at every place."
         tokens = self.token_embedding(ids)                   # (..., T, C)
         if tokens.dim() == 1:
             raise ValueError("ids is a single number; give a row of them, "
                              "such as ids.unsqueeze(0)")
-        x = self.dropout(tokens + self.position_embedding(ids.shape[-1]))
-        for block in self.blocks: x = block(x)
+        start = 0 if cache is None else cache.length
+        x = tokens + self.position_embedding(ids.shape[-1], start)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[i])
+        if cache is not None: cache.advance(ids.shape[-1])
+        if last_only: x = x[..., -1:, :]
         return self.lm_head(self.final_norm(x))

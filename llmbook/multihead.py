@@ -59,10 +59,18 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Tensor, # (..., T, C), the vectors of a text
+        cache: object = None, # of the tokens before; None: there are none
     ) -> Tensor: # (..., T, C)
         "What each token takes from those up to itself (fused kernel)."
+        q, k, v = self._heads(x)
+        mask, is_causal = None, True
+        if cache is not None:
+            k, v = cache.append(k, v)                   # (..., H, S, D)
+            T, S = q.shape[-2], k.shape[-2]
+            is_causal = T == S
+            if 1 < T < S: mask = causal_mask(T, S, x.device)
         context = F.scaled_dot_product_attention(
-            *self._heads(x), is_causal=True,
+            q, k, v, attn_mask=mask, is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0)
         return self._join(context)
 

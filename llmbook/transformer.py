@@ -93,7 +93,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor, # (..., T, C)
+        cache: object = None, # of the tokens before; None: there are none
     ) -> Tensor: # (..., T, C)
         "Add to each vector what attention and feed-forward say of it."
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

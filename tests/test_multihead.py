@@ -326,7 +326,7 @@ def test_the_fused_kernel_is_used_without_a_mask(monkeypatch):
     module.attend(x)
     assert not calls
     module(x), module.eval()(x)
-    assert [more for _, more in calls] == [{'is_causal': True, 'dropout_p': 0.25}, {'is_causal': True, 'dropout_p': 0.0}]
+    assert [more for _, more in calls] == [{'attn_mask': None, 'is_causal': True, 'dropout_p': p} for p in (0.25, 0.0)]
     assert all(part.shape == (2, 3, 5, 4) for args, _ in calls for part in args)
 
 
