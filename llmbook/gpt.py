@@ -40,11 +40,12 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of "
                              f"n_head={self.n_head}; try n_embd={near}")
         keep("dropout", _check_dropout(self.dropout))
-        for name in ("bias", "qkv_bias", "tied"):
-            value, none = getattr(self, name), name == "qkv_bias"
-            if not (isinstance(value, bool) or none and value is None):
+        switches = {"bias": bool, "qkv_bias": bool | None, "tied": bool}
+        for name, kind in switches.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
                 raise TypeError(f"{name}={value!r} is no switch; give True or "
-                                f"False{', or None' * none}")
+                                "False")
 
 # %% ../nbs/09_gpt.ipynb #073dd0e0
 GPT2_SIZES = {
@@ -59,7 +60,7 @@ def _start(
     model: nn.Module, # with linear layers in `n_layer` blocks; changed
     n_layer: int, # N
 ) -> None:
-    "Draw the matrices as GPT-2 did, and set what is added to 0."
+    "Draw all linear layers as GPT-2 did, and set what they add to 0."
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear): continue
         writes = name.endswith((".projection", ".contract"))
@@ -87,19 +88,18 @@ class GPT(nn.Module):
             TransformerBlock(c.n_embd, c.n_head, c.context_length, c.dropout,
                              c.bias, c.qkv_bias) for _ in range(c.n_layer))
         self.final_norm = LayerNorm(c.n_embd, c.bias)
-        self.lm_head = nn.Linear(     # if tied, no memory before it is shared
+        self.lm_head = nn.Linear(     # if tied, numbers would be thrown away
             c.n_embd, c.vocab_size, bias=False,
             device="meta" if c.tied else None)
         _start(self, c.n_layer)
         if c.tied: self.lm_head.weight = self.token_embedding.weight
 
-    def forward(
+    def hidden_states(
         self,
         ids: Tensor, # (..., T) int64 or int32, token ids
         cache: object = None, # of the tokens before; None: there are none
-        last_only: bool = False, # logits of the last place alone: T is 1
-    ) -> Tensor: # (..., T, V) logits
-        "Scores of all tokens that could come next, at every place."
+    ) -> Tensor: # (..., T, C)
+        "The vectors that the head reads: all of the model but the head."
         tokens = self.token_embedding(ids)                   # (..., T, C)
         if tokens.dim() == 1:
             raise ValueError("ids is a single number; give a row of them, "
@@ -110,5 +110,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[i])
         if cache is not None: cache.advance(ids.shape[-1])
-        if last_only: x = x[..., -1:, :]
-        return self.lm_head(self.final_norm(x))
+        return self.final_norm(x)
+
+    def forward(
+        self,
+        ids: Tensor, # (..., T) int64 or int32, token ids
+        cache: object = None, # of the tokens before; None: there are none
+        last_only: bool = False, # logits of the last place alone: T is 1
+    ) -> Tensor: # (..., T, V) logits
+        "Scores of all tokens that could come next, at every place."
+        x = self.hidden_states(ids, cache)
+        return self.lm_head(x[..., -1:, :] if last_only else x)

@@ -296,7 +296,7 @@ def test_other_settings_that_are_refused():
         with pytest.raises(TypeError, match='^dropout='): replace(SMALL, dropout=bad)
     for name in ('bias', 'qkv_bias', 'tied'):
         for bad in (0, 1, 'yes'):
-            with pytest.raises(TypeError, match=f'^{name}={bad!r} is no switch; give True or False' + (', or None' if name == 'qkv_bias' else '$')): replace(SMALL, **{name: bad})
+            with pytest.raises(TypeError, match=f'^{name}={bad!r} is no switch; give True or False$'): replace(SMALL, **{name: bad})
     for name in ('bias', 'tied'):
         with pytest.raises(TypeError, match=f'^{name}=None'): replace(SMALL, **{name: None})
     with pytest.raises(TypeError): GPTConfig()

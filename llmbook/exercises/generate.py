@@ -2,11 +2,14 @@
 
 # %% auto #0
 __all__ = ['check_entropy', 'in_nats', 'without_temperature', 'multiplied', 'probabilities_divided', 'zero_times_infinity',
-           'the_sign', 'an_average', 'check_filter_min_p', 'of_all', 'of_the_logit', 'zeros', 'over_all_rows',
-           'more_than', 'probabilities_back', 'check_penalise', 'always_divided', 'always_multiplied', 'the_other_way',
-           'subtracted', 'each_time', 'only_the_last', 'all_of_them', 'check_window_mask', 'upper_left', 'one_too_many',
-           'one_too_few', 'no_window', 'the_same_for_all', 'the_future', 'turned_round', 'upright', 'check_until',
-           'piece_by_piece', 'with_the_word', 'all_at_the_end', 'reads_on', 'never_given_back', 'too_late']
+           'the_sign', 'a_mean', 'an_average', 'check_filter_min_p', 'of_all', 'of_the_logit', 'far_below',
+           'minus_the_logarithm', 'minus_p', 'zeros', 'over_all_rows', 'more_than', 'probabilities_back',
+           'check_penalise', 'always_divided', 'always_multiplied', 'the_other_way', 'subtracted', 'the_others',
+           'forbidden', 'each_time', 'only_the_last', 'all_of_them', 'check_window_mask', 'upper_left',
+           'the_first_keys', 'on_both_sides', 'not_itself', 'one_too_many', 'one_too_few', 'no_window',
+           'the_same_for_all', 'the_future', 'turned_round', 'upright', 'check_until', 'piece_by_piece',
+           'with_the_word', 'all_at_the_end', 'reads_on', 'never_given_back', 'any_of_its_letters', 'the_shortest',
+           'the_last_time', 'too_late']
 
 # %% ../../nbs/10_generate.ipynb #292e345b
 from ..checking import exercise
@@ -68,6 +71,14 @@ def the_sign(logits, temperature):
     return torch.special.xlogy(p, p).sum().item() / math.log(2)
 
 @check_entropy.wrong
+def a_mean(logits, temperature):
+    """This is the mean of the products; the probabilities are the weights
+    already, so add the products up."""
+    import math, torch
+    p = (logits / temperature).softmax(dim=-1)
+    return -torch.special.xlogy(p, p).mean().item() / math.log(2)
+
+@check_entropy.wrong
 def an_average(logits, temperature):
     """This averages over the tokens as if all came equally often; weigh each
     by its probability."""
@@ -107,6 +118,28 @@ def of_the_logit(logits, p):
                               -torch.inf)
 
 @check_filter_min_p.wrong
+def far_below(logits, p):
+    "-1e9 is a score like any other; what is refused gets -torch.inf."
+    import math
+    return logits.masked_fill(
+        logits < logits.amax(-1, keepdim=True) + math.log(p) - 1e-6, -1e9)
+
+@check_filter_min_p.wrong
+def minus_the_logarithm(logits, p):
+    "log(p) is negative: add it to the largest logit to come out below it."
+    import math, torch
+    return logits.masked_fill(
+        logits < logits.amax(-1, keepdim=True) - math.log(p), -torch.inf)
+
+@check_filter_min_p.wrong
+def minus_p(logits, p):
+    """Probabilities are divided where logits are subtracted, so it is the
+    logarithm of p that tells how far below a logit may lie."""
+    import torch
+    return logits.masked_fill(
+        logits < logits.amax(-1, keepdim=True) - p, -torch.inf)
+
+@check_filter_min_p.wrong
 def zeros(logits, p):
     "What is refused gets -inf; a logit of 0 is a score like any other."
     q = logits.softmax(-1)
@@ -137,13 +170,16 @@ def probabilities_back(logits, p):
 def check_penalise():
     import torch
     z = torch.tensor([3., -2., 1., 4.])
-    yield "penalise(z, [0], 2)", torch.tensor([1.5, -2., 1., 4.])
-    yield ("penalise(z, [1, 3], 2)", torch.tensor([3., -4., 1., 2.]),
+    yield ("penalise(z.clone(), [0], 2)", torch.tensor([1.5, -2., 1., 4.]),
+           "only token 0 was written, and its logit is positive")
+    yield ("penalise(z.clone(), [1, 3], 2)", torch.tensor([3., -4., 1., 2.]),
            "token 1 has a negative logit, and must become less likely")
-    yield ("penalise(z, [2, 2, 2], 2)", torch.tensor([3., -2., 0.5, 4.]),
+    yield ("penalise(z.clone(), [2, 2, 2], 2)",
+           torch.tensor([3., -2., 0.5, 4.]),
            "however often a token occurs, it is penalised once")
-    yield "penalise(z, [], 2)", z
-    yield "penalise(z, [3, 0], 1)", z
+    yield ("penalise(z.clone(), [], 2)", z,
+           "nothing has been written (torch.tensor([]) would hold floats)")
+    yield "penalise(z.clone(), [3, 0], 1)", z
 
 @check_penalise.wrong
 def always_divided(logits, ids, penalty):
@@ -178,6 +214,22 @@ def subtracted(logits, ids, penalty):
     used = list(set(ids))
     logits[used] = logits[used] - penalty
     return logits
+
+@check_penalise.wrong
+def the_others(logits, ids, penalty):
+    "The tokens that do *not* occur in `ids` have been penalised."
+    changed = logits.clone()
+    for i in set(range(len(logits))) - set(ids):
+        z = logits[i]
+        changed[i] = z / penalty if z > 0 else z * penalty
+    return changed
+
+@check_penalise.wrong
+def forbidden(logits, ids, penalty):
+    "What has been written becomes less likely, not impossible."
+    import torch
+    return logits.index_fill(0, torch.tensor(sorted(set(ids))).long(),
+                             -torch.inf)
 
 @check_penalise.wrong
 def each_time(logits, ids, penalty):
@@ -231,6 +283,24 @@ def upper_left(T, S, window):
     return _windowed(T, S, window, start=0)
 
 @check_window_mask.wrong
+def the_first_keys(T, S, window):
+    """These are the first `window` keys of the text, whoever asks; each query
+    looks back from its own place."""
+    import torch
+    return _windowed(T, S, 10**6) & (torch.arange(S) < window)
+
+@check_window_mask.wrong
+def on_both_sides(T, S, window):
+    """The distance was taken without its sign, so the future within the
+    window is seen as well; key <= query is missing."""
+    return _windowed(T, S, window, ahead=window - 1)
+
+@check_window_mask.wrong
+def not_itself(T, S, window):
+    "A token sees itself, too: key <= query."
+    return _windowed(T, S, window, ahead=-1)
+
+@check_window_mask.wrong
 def one_too_many(T, S, window):
     "The window counts the token itself; this looks back one farther."
     return _windowed(T, S, window, before=1)
@@ -277,18 +347,27 @@ def check_until():
     def story(f, pieces, stop):
         log = []
         return "".join(f(asked(pieces, log), stop)), len(log)
-    def first(f, pieces, stop):
-        log = []
-        got = next(iter(f(asked(pieces, log), stop)))
-        return got, len(log)
+    def at_once(f, pieces, stop):
+        log, got = [], ""
+        for part in f(asked(pieces, log), stop):
+            if len(log) > 1: break
+            got += part
+        return got
     yield 'story(until, ["one ", "END", " two"], "END")', ("one ", 2)
     yield ('story(until, ["one E", "N", "D two", "three"], "END")',
            ("one ", 3), "the word may come in several pieces")
     yield 'story(until, ["one", " E", "N"], "END")', ("one EN", 3)
     yield ('story(until, ["aab", "c"], "ab")', ("a", 1),
            "the first a is no part of it, the second is")
-    yield ('first(until, ["one ", "two ", "three"], "END")', ("one ", 1),
-           "the first piece is safe, and should come at once")
+    yield ('at_once(until, ["one ", "two ", "three"], "END")', "one ",
+           "the first piece is safe, and should come before the second is "
+           "asked for")
+    yield ('at_once(until, ["ON", "E"], "END")', "ON",
+           "an N is in END, but END does not begin with it")
+    yield ('story(until, ["aa", "b", "c"], "aab")', ("", 2),
+           "both letters of the first piece may belong to the word")
+    yield ('story(until, ["1 END 2 END 3"], "END")', ("1 ", 1),
+           "the word comes twice, and the first time counts")
 
 @check_until.wrong
 def piece_by_piece(pieces, stop):
@@ -313,7 +392,7 @@ def with_the_word(pieces, stop):
 
 @check_until.wrong
 def all_at_the_end(pieces, stop):
-    """Nothing is handed out before all has come. Give what is safe at once,
+    """Nothing is handed out before all has come. `yield` what is safe at once,
     and hold back only what could be a beginning of the word."""
     text = ""
     for piece in pieces:
@@ -341,6 +420,52 @@ def never_given_back(pieces, stop):
                     if held.endswith(stop[:n]))
         yield held[:len(held) - keep]
         held = held[len(held) - keep:]
+
+@check_until.wrong
+def any_of_its_letters(pieces, stop):
+    """Text is held back because it ends with a letter of the word. Hold back
+    only what is a *beginning* of it."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield held[:held.index(stop)]
+            return
+        safe = held.rstrip(stop)
+        if safe: yield safe
+        held = held[len(safe):]
+    yield held
+
+@check_until.wrong
+def the_shortest(pieces, stop):
+    """Of all ends of the text that could begin the word, the longest must be
+    held back; this holds back the shortest."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield held[:held.index(stop)]
+            return
+        keep = next((n for n in range(1, len(stop))
+                     if held.endswith(stop[:n])), 0)
+        safe, held = held[:len(held) - keep], held[len(held) - keep:]
+        if safe: yield safe
+    yield held
+
+@check_until.wrong
+def the_last_time(pieces, stop):
+    "The word may come twice; end where it comes first (`find`, not `rfind`)."
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield held[:held.rindex(stop)]
+            return
+        keep = next(n for n in range(min(len(stop) - 1, len(held)), -1, -1)
+                    if held.endswith(stop[:n]))
+        safe, held = held[:len(held) - keep], held[len(held) - keep:]
+        if safe: yield safe
+    yield held
 
 @check_until.wrong
 def too_late(pieces, stop):

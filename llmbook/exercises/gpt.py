@@ -2,21 +2,22 @@
 
 # %% auto #0
 __all__ = ['check_untie', 'the_same_model', 'the_flag_alone', 'a_fresh_start', 'an_empty_head', 'the_config_lies',
-           'two_names_for_one_memory', 'in_place', 'a_thin_copy', 'check_widest', 'any_width', 'one_too_wide',
-           'less_than', 'no_tables', 'no_places', 'two_tables', 'one_block', 'matrices_alone', 'at_least_one',
-           'check_training_flops', 'forward_alone', 'twice', 'multiplications', 'no_scores', 'half_the_scores',
-           'no_head', 'tables_at_work', 'six_times_the_parameters', 'a_head_per_block', 'one_token',
-           'check_knows_its_place', 'by_chance', 'different_tokens', 'the_first_two', 'not_to_the_end', 'texts_of_one',
+           'two_names_for_one_memory', 'in_place', 'a_thin_copy', 'other_settings', 'frozen', 'check_widest',
+           'any_width', 'to_the_nearest', 'one_too_wide', 'less_than', 'no_tables', 'no_places', 'two_tables',
+           'one_block', 'matrices_alone', 'at_least_one', 'check_training_flops', 'forward_alone', 'twice',
+           'multiplications', 'no_scores', 'half_the_scores', 'no_head', 'tables_at_work', 'six_times_the_parameters',
+           'the_whole_context', 'scores_forward', 'a_head_per_block', 'one_token', 'check_knows_its_place', 'by_chance',
+           'to_the_last_bit', 'the_likeliest', 'different_tokens', 'the_first_two', 'not_to_the_end', 'texts_of_one',
            'looked_at_the_table', 'the_other_way']
 
 # %% ../../nbs/09_gpt.ipynb #dea9b369
 from ..checking import exercise
 
-def _tiny(seed=5, tied=True):
+def _tiny(seed=5, tied=True, **more):
     import torch
     from llmbook.gpt import GPT, GPTConfig
     torch.manual_seed(seed)
-    return GPT(GPTConfig(7, 5, 1, 2, 4, tied=tied)).eval()
+    return GPT(GPTConfig(7, 5, 1, 2, 4, tied=tied, **more)).eval()
 
 @exercise("9.1", "A head of its own")
 def check_untie():
@@ -50,6 +51,10 @@ def check_untie():
            "the model that was given stays as it was")
     yield ("shares_with_the_first(untie)", False,
            "training the new model must not change the first")
+    yield ("untie(_tiny(dropout=0.25)).config.dropout", 0.25,
+           "all other settings are those of the first")
+    yield ("all(p.requires_grad for p in untie(_tiny()).parameters())", True,
+           "training could part the two")
 
 def _with_head(model, weight, tied=False):
     from dataclasses import replace
@@ -121,6 +126,25 @@ def a_thin_copy(model):
     thin.lm_head = nn.Linear(4, 7, bias=False)
     return _with_head(thin, model.lm_head.weight.detach().clone())
 
+@check_untie.wrong
+def other_settings(model):
+    """Only the five sizes have been handed over. `replace(model.config,
+    tied=False)` keeps all other settings."""
+    untied = _tiny(tied=False)
+    untied.load_state_dict(model.state_dict())
+    return untied
+
+@check_untie.wrong
+def frozen(model):
+    """The new head cannot be trained: `requires_grad` is off. A plain
+    `nn.Parameter(weight.clone())` can."""
+    from dataclasses import replace
+    from llmbook.gpt import GPT
+    untied = GPT(replace(model.config, tied=False)).eval()
+    untied.load_state_dict(model.state_dict())
+    untied.lm_head.requires_grad_(False)
+    return untied
+
 # %% ../../nbs/09_gpt.ipynb #6eddc454
 @exercise("9.2", "The widest that fits")
 def check_widest():
@@ -129,7 +153,7 @@ def check_widest():
     yield ("widest(1008, 10, 5, 1, 1)", 8,
            "width 8 takes 1008, and `at most` allows that")
     yield ("widest(1000, 10, 5, 1, 4)", 4,
-           "with 4 heads the width is a multiple of 4")
+           "with 4 heads the width is a multiple of 4, and 8 is too much")
     yield ("widest(20, 10, 5, 1, 1)", 0, "width 1 would take 42")
     yield "widest(124_439_808, 50_257, 1024, 12, 12)", 768
     yield "widest(124_439_807, 50_257, 1024, 12, 12)", 756
@@ -146,6 +170,12 @@ def _search(budget, V, T, N, H, own=None, fits=None):
 def any_width(budget, vocab_size, context_length, n_layer, n_head):
     "The width must be a multiple of `n_head`; go in steps of it."
     return _search(budget, vocab_size, context_length, n_layer, 1)
+
+@check_widest.wrong
+def to_the_nearest(budget, vocab_size, context_length, n_layer, n_head):
+    "The nearest multiple of `n_head` can be too wide; go down to one."
+    C = _search(budget, vocab_size, context_length, n_layer, 1)
+    return n_head * round(C / n_head)
 
 @check_widest.wrong
 def one_too_wide(budget, vocab_size, context_length, n_layer, n_head):
@@ -264,6 +294,18 @@ def six_times_the_parameters(config, T):
     return 6 * T * size
 
 @check_training_flops.wrong
+def the_whole_context(config, T):
+    "The text has `T` tokens, and need not fill the context."
+    return _work(config, config.context_length)
+
+@check_training_flops.wrong
+def scores_forward(config, T):
+    """The products inside attention were counted on the way forward only; on
+    the way back each gives rise to two more, like any product."""
+    return (_work(config, T, scores=0)
+            + _work(config, T, 0, 0, scores=2, times=2))
+
+@check_training_flops.wrong
 def one_block(config, T):
     "There are `n_layer` blocks; this counts one."
     from dataclasses import replace
@@ -284,9 +326,11 @@ def one_token(config, T):
 def check_knows_its_place():
     import torch
     from llmbook.gpt import GPT, GPTConfig
-    def with_places(rows, dropout=0.0):
+    def with_places(rows, dropout=0.0, idle=False):
         torch.manual_seed(1)
         model = GPT(GPTConfig(7, 6, 2, 2, 8, dropout)).train()
+        if idle: model.blocks.load_state_dict(
+            {k: 0 * v for k, v in model.blocks.state_dict().items()})
         model.position_embedding.weight.data = rows
         return model
     torch.manual_seed(0)
@@ -294,6 +338,10 @@ def check_knows_its_place():
     third, last = none.clone(), none.clone()
     third[2], last[5] = drawn[2], drawn[5]
     yield "knows_its_place(with_places(drawn), 3)", True
+    yield ("knows_its_place(with_places(none, idle=True), 3)", False,
+           "all positions are zero, and the blocks add nothing")
+    yield ("knows_its_place(with_places(drawn * 1e-7), 3)", False,
+           "what differs in the seventh digit only counts as rounding")
     yield ("knows_its_place(with_places(none), 3)", False,
            "all positions are zero")
     yield ("knows_its_place(with_places(drawn[:1].repeat(6, 1)), 3)", False,
@@ -302,6 +350,8 @@ def check_knows_its_place():
            "the third place has a vector, the others have none")
     yield ("knows_its_place(with_places(last), 3)", True,
            "the last place has a vector, the others have none")
+    yield ("knows_its_place(with_places(drawn / 200), 3)", True,
+           "the positions are small, but no rounding")
     yield ("knows_its_place(with_places(none, dropout=0.5), 0)", False,
            "all positions are zero; the model drops half of the numbers in "
            "training")
@@ -318,6 +368,24 @@ def by_chance(model, token):
     `model.eval()` first."""
     import torch
     return _differ(model, torch.full((6,), token), evaluate=False)
+
+@check_knows_its_place.wrong
+def to_the_last_bit(model, token):
+    """The same sum in another order ends in other digits, so equality to the
+    last bit is too much to ask; use `torch.allclose`."""
+    import torch
+    model.eval()
+    with torch.no_grad(): logits = model(torch.full((6,), token))
+    return bool((logits != logits[:1]).any())
+
+@check_knows_its_place.wrong
+def the_likeliest(model, token):
+    """Only the likeliest tokens were compared. Logits can differ and still
+    have the same largest one."""
+    import torch
+    model.eval()
+    with torch.no_grad(): best = model(torch.full((6,), token)).argmax(-1)
+    return bool((best != best[0]).any())
 
 @check_knows_its_place.wrong
 def different_tokens(model, token):
