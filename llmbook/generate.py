@@ -15,6 +15,8 @@ from functools import lru_cache, partial
 from inspect import signature
 from math import inf
 from operator import index
+from reprlib import repr as brief
+from threading import RLock
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def draw(
 ) -> int: # a token id
     "Throw a dart at the line from 0 to 1, cut into the probabilities."
     ends = probabilities.cumsum(dim=-1)
-    dart = torch.rand((), dtype=torch.double, generator=generator).item()
+    dart = torch.rand((), dtype=torch.double, device="cpu",
+                      generator=generator).item()
     last = ends[-1].item()
     dart = min(dart * last, math.nextafter(last, 0))    # never past the end
     return int(torch.searchsorted(ends, dart, right=True))
@@ -44,9 +47,9 @@ def _check_number(
 ) -> float: # the same, as Python's own
     "Refuse what is no number, or not one that is allowed."
     try:
-        if isinstance(value, (bool, str)): raise TypeError
+        if isinstance(value, (bool, str, bytes)): raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name}={value!r} is not a number; give "
                         f"{allowed}") from None
     if not good(number):
@@ -194,7 +197,9 @@ def _onednn_linear(
     linear: nn.Linear, # float32, on the CPU
     x: Tensor, # (..., in)
 ) -> Tensor: # (..., out)
-    "What `linear(x)` gives, computed by oneDNN."
+    "What `linear(x)` gives, computed by oneDNN; it knows no gradients."
+    if not torch.is_inference_mode_enabled():      # another thread may train
+        return F.linear(x, linear.weight, linear.bias)
     return torch.ops.mkldnn._linear_pointwise(
         x, linear.weight, linear.bias, "none", [], "")
 
@@ -204,10 +209,14 @@ def _onednn_works() -> bool: # whether it is there and computes right
     linear = nn.Linear(5, 3, device="meta").to_empty(device="cpu")
     linear.requires_grad_(False).weight.copy_(torch.arange(15.).view(3, 5))
     linear.bias.copy_(torch.arange(3.))
-    x = torch.ones(2, 5)
+    x = torch.ones(2, 5, device="cpu")
     try:
-        return torch.allclose(_onednn_linear(linear, x), linear(x), atol=1e-5)
+        with torch.inference_mode():
+            return torch.allclose(_onednn_linear(linear, x), linear(x))
     except (RuntimeError, AttributeError): return False
+
+_MANY = 2**17              # weights from which on a layer gains by it
+_ONE_AT_A_TIME = RLock()   # threads that write with the same model
 
 @contextmanager
 def _at_rest(
@@ -218,12 +227,15 @@ def _at_rest(
     training = [m for m in modules if m.training]
     quick = [m for m in modules if type(m) is nn.Linear
              and m.weight.dtype is torch.float32 and m.weight.is_cpu
-             and "forward" not in vars(m)]
-    if hasattr(model, "_orig_mod") or not quick or not _onednn_works():
-        quick = []                       # compiled models do it themselves
-    for m in training: m.training = False
-    for m in quick: vars(m)["forward"] = partial(_onednn_linear, m)
-    try: yield
+             and m.weight.numel() >= _MANY and "forward" not in vars(m)]
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl
+                   for m in modules)             # they do it themselves
+    if (not quick or compiled or torch.is_autocast_enabled("cpu")
+            or not _onednn_works()): quick = []
+    try:
+        for m in training: m.training = False
+        for m in quick: vars(m)["forward"] = partial(_onednn_linear, m)
+        yield
     finally:
         for m in training: m.training = True
         for m in quick: vars(m).pop("forward", None)
@@ -232,7 +244,8 @@ def _takes_cache(
     model: Callable, # ids (B, T) -> logits (B, T, V)
 ) -> bool: # whether `KVCache(model)` and `model(ids, cache)` work
     "Tell a model with a cache from any other."
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not (isinstance(model, nn.Module)
+            and hasattr(getattr(model, "config", None), "context_length")):
         return False
     return {"cache", "last_only"} <= set(signature(model.forward).parameters)
 
@@ -241,21 +254,22 @@ def _last_logits(
     ids: Tensor, # (B, T) int64, all that has been written
     context_length: int | None, # what the model can read; None: anything
     cache: KVCache | None, # what it has read already
-) -> Tensor: # (B, V)
+) -> Tensor: # (B, V), on the CPU
     "Scores of what comes next, from no more work than needed."
     B, T = ids.shape
-    with torch.inference_mode(), _at_rest(model):
+    with _ONE_AT_A_TIME, torch.inference_mode(), _at_rest(model):
         if cache is not None and T <= cache.context_length:
             logits = model(ids[:, cache.length:], cache, last_only=True)
         else:
-            logits = model(ids if context_length is None
-                           else ids[:, -context_length:])
+            window = ids if context_length is None else ids[:, -context_length:]
+            logits = (model(window) if cache is None
+                      else model(window, last_only=True))
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise TypeError(f"the model gave {shape} for ids of shape ({B}, {T});"
                         " it must give logits of shape (B, T, V). For one "
                         "that gives more: lambda ids: model(ids).logits")
-    return logits[:, -1]
+    return logits[:, -1].cpu()
 
 # %% ../nbs/10_generate.ipynb #e6dd9ecd
 def _as_ids(
@@ -264,7 +278,8 @@ def _as_ids(
 ) -> list[int]: # the same
     "Refuse what is no row of ids, or an empty one."
     if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.is_floating_point():
+        if (prompt.dim() != 1 or prompt.is_floating_point()
+                or prompt.dtype == torch.bool):
             raise TypeError(
                 f"{name} has shape {tuple(prompt.shape)} and dtype "
                 f"{prompt.dtype}; give one row of token ids. For a batch "
@@ -272,8 +287,8 @@ def _as_ids(
         prompt = prompt.tolist()
     try: ids = [index(i) for i in prompt]
     except TypeError:
-        raise TypeError(f"{name}={prompt!r} is not a row of token ids; for a "
-                        "text: tokenizer.encode(text); for several rows: "
+        raise TypeError(f"{name}={brief(prompt)} is not a row of token ids; "
+                        "for a text: tokenizer.encode(text); for several rows: "
                         "generate_batch") from None
     if not ids:
         raise ValueError(f"{name} is empty, and a model continues what is "
@@ -281,19 +296,33 @@ def _as_ids(
                          "<|endoftext|>, after which texts begin")
     return ids
 
+def _as_stops(
+    stop: int | Iterable[int], # ids that end a row
+) -> set[int]: # the same
+    "Refuse what is neither an id nor a row of ids."
+    if hasattr(stop, "tolist"): stop = stop.tolist()       # a tensor, an array
+    try:
+        if isinstance(stop, str): raise TypeError
+        return {index(i) for i in (
+            [stop] if hasattr(stop, "__index__") else stop)}
+    except TypeError:
+        raise TypeError(f"stop={stop!r} is no token id; give one or several, "
+                        "such as tokenizer.encode(text)[0]") from None
+
 def _generators(
     seed: int | torch.Generator | Sequence, # for row 0, or one for each row
     B: int, # rows
 ) -> list[torch.Generator]: # one for each row
     "Row i draws by a generator of its own, seeded with `seed + i`."
     if isinstance(seed, torch.Generator): seeds = [seed]
-    elif isinstance(seed, Sequence): seeds = list(seed)
+    elif hasattr(seed, "__len__"): seeds = list(seed)
     else: seeds = [check_count("seed", seed, 0) + i for i in range(B)]
     if len(seeds) != B:
         raise ValueError(f"seed is for {len(seeds)} rows, and there are {B} "
                          "prompts; give one whole number, or one for each")
     return [s if isinstance(s, torch.Generator) else
-            torch.Generator().manual_seed(check_count("seed", s, 0))
+            torch.Generator("cpu").manual_seed(
+                check_count("seed", s, 0) % 2**64)
             for s in seeds]
 
 # %% ../nbs/10_generate.ipynb #c48b4937
@@ -319,17 +348,12 @@ def stream_batch(
     one = torch.zeros(1)
     if top_k is not None: filter_top_k(one, top_k)     # refused now, if wrong
     if top_p is not None: filter_top_p(one, top_p)
-    try: stops = {index(i) for i in ([stop] if hasattr(stop, "__index__")
-                                     else stop)}
-    except TypeError:
-        raise TypeError(f"stop={stop!r} is no token id; give one or several, "
-                        "such as tokenizer.encode(text)[0]") from None
+    stops = _as_stops(stop)
     generators = _generators(seed, len(rows))
-    if context_length is None:
-        context_length = getattr(getattr(model, "config", model),
-                                 "context_length", None)
-    elif check_count("context_length", context_length) > getattr(
-            getattr(model, "config", model), "context_length", inf):
+    own = next((m.context_length for m in (getattr(model, "config", 0), model)
+                if getattr(m, "context_length", None) is not None), None)
+    if context_length is None: context_length = own
+    elif check_count("context_length", context_length) > (own or inf):
         raise ValueError(f"context_length={context_length} is more than the "
                          "model can read; leave it out")
     longest = max(map(len, rows), default=0)
@@ -339,26 +363,25 @@ def stream_batch(
                          f"{context_length} are read")
 
     def choose(logits, generator):
-        if temperature == 0: top = logits.max(dim=-1)
-        if temperature == 0 and top.values.isfinite(): return int(top.indices)
-        return draw(next_probabilities(logits, temperature, top_k, top_p),
-                    generator)
+        shares = next_probabilities(logits, temperature, top_k, top_p)
+        return draw(shares, generator) if temperature else int(shares.argmax())
 
     def write():
-        B, width = len(rows), longest + new
+        B = len(rows)
         device = next((p.device for p in getattr(
             model, "parameters", lambda: ())()), None)
-        ids = torch.zeros(B, width, dtype=torch.int64, device=device)
+        ids = torch.zeros(B, longest, dtype=torch.int64, device=device)
         for row, prompt in enumerate(rows):
-            ids[row, :len(prompt)] = torch.tensor(prompt)
+            ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
         cache = None
         if use_cache and _takes_cache(model):
-            cache = KVCache(model, B, min(width, context_length))
+            cache = KVCache(model, B, min(longest + new, context_length))
         known = [len(prompt) for prompt in rows]
         writing = set(range(B))
         while writing:
             t = min(known[row] for row in writing)
             logits = _last_logits(model, ids[:, :t], context_length, cache)
+            if t == ids.shape[1]: ids = F.pad(ids, (0, t))      # more room
             for row in sorted(writing):
                 if known[row] > t: continue          # its prompt goes on
                 ids[row, t] = i = choose(logits[row], generators[row])
@@ -400,8 +423,8 @@ def generate(
     **settings: Any, # those of `stream_batch`
 ) -> list[int]: # the prompt and what was written
     "Continue a text."
-    return [*_as_ids("ids", ids), *stream(model, ids, max_new_tokens,
-                                         **settings)]
+    ids = _as_ids("ids", ids)
+    return [*ids, *stream(model, ids, max_new_tokens, **settings)]
 
 # %% ../nbs/10_generate.ipynb #b88daa94
 class Int8Linear(nn.Module):
@@ -411,31 +434,35 @@ class Int8Linear(nn.Module):
         linear: nn.Linear, # the layer to round; is left as it is
     ):
         super().__init__()
-        weight = linear.weight.detach()                      # (out, in)
+        weight = linear.weight.detach().float()              # (out, in)
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
-        self.register_buffer("scale", scale)                 # (out,)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
         self.register_buffer(
             "weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.bias = linear.bias
+        self.bias = copy.deepcopy(linear.bias)
+
+    def extra_repr(self) -> str: # for `print(model)`
+        "The sizes of the layer."
+        return "{1}, {0}".format(*self.weight.shape)
 
     def forward(
         self,
         x: Tensor, # (..., in)
     ) -> Tensor: # (..., out)
         "Multiply by the whole numbers, then by the scale of each row."
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if x.device.type == "cpu" and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(
                 rows.bfloat16(), self.weight, self.scale.bfloat16()
             ).to(x.dtype)
         else: y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         if self.bias is not None: y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], len(self.scale))
 
 def quantize_int8(
     model: nn.Module, # is left as it is
 ) -> nn.Module: # a copy to generate with; it cannot be trained further
     "Copy a model with its linear layers rounded to 8 bits."
-    rounded = {id(m): Int8Linear(m) for m in model.modules()
-               if type(m) is nn.Linear}
+    rounded = {id(m): Int8Linear(m).train(m.training)
+               for m in model.modules() if type(m) is nn.Linear}
     return copy.deepcopy(model, rounded)

@@ -7,6 +7,7 @@ __all__ = ['GPT2_SIZES', 'GPTConfig', 'GPT']
 
 # %% ../nbs/09_gpt.ipynb #baa77e02
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class GPT(nn.Module):
     def hidden_states(
         self,
         ids: Tensor, # (..., T) int64 or int32, token ids
-        cache: object = None, # of the tokens before; None: there are none
+        cache: Any = None, # of the tokens before; None: there are none
     ) -> Tensor: # (..., T, C)
         "The vectors that the head reads: all of the model but the head."
         tokens = self.token_embedding(ids)                   # (..., T, C)
@@ -115,7 +116,7 @@ class GPT(nn.Module):
     def forward(
         self,
         ids: Tensor, # (..., T) int64 or int32, token ids
-        cache: object = None, # of the tokens before; None: there are none
+        cache: Any = None, # of the tokens before; None: there are none
         last_only: bool = False, # logits of the last place alone: T is 1
     ) -> Tensor: # (..., T, V) logits
         "Scores of all tokens that could come next, at every place."

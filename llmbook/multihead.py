@@ -6,6 +6,8 @@
 __all__ = ['MultiHeadAttention']
 
 # %% ../nbs/07_multihead.ipynb #e32c8fa3
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +61,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Tensor, # (..., T, C), the vectors of a text
-        cache: object = None, # of the tokens before; None: there are none
+        cache: Any = None, # of the tokens before; None: there are none
     ) -> Tensor: # (..., T, C)
         "What each token takes from those up to itself (fused kernel)."
         q, k, v = self._heads(x)

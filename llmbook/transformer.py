@@ -6,6 +6,8 @@
 __all__ = ['LayerNorm', 'GELU', 'FeedForward', 'TransformerBlock']
 
 # %% ../nbs/08_transformer.ipynb #0450ee73
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -93,7 +95,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor, # (..., T, C)
-        cache: object = None, # of the tokens before; None: there are none
+        cache: Any = None, # of the tokens before; None: there are none
     ) -> Tensor: # (..., T, C)
         "Add to each vector what attention and feed-forward say of it."
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))

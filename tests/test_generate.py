@@ -1,5 +1,6 @@
 "Filters against brute force, the cache against a model without one, a batch against each of its rows alone, and everything that must be refused."
-import copy, itertools, math
+import copy, itertools, math, threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -472,3 +473,176 @@ def test_a_model_in_eight_bits():
     zero = nn.Linear(32, 4)
     nn.init.zeros_(zero.weight)
     assert torch.equal(Int8Linear(zero)(torch.ones(32)), zero.bias)
+
+
+# ---- found by attack: each of these once failed, or no other test would have noticed
+
+def test_numbers_of_every_kind():
+    for bad in (b'x', torch.tensor([0.5, 0.5]), 10**400):
+        with pytest.raises(TypeError, match='temperature=.* is not a number'): stream(wild(), [1], temperature=bad)
+    assert apply_temperature(torch.tensor([0., 1]), Fraction(1, 2)).tolist() == [-2, 0]
+    assert next_probabilities(torch.zeros(3), 0).dtype == torch.double
+
+
+def test_each_row_by_itself():
+    assert apply_temperature(torch.tensor([[1., 3], [7, 5]]), 2).tolist() == [[-1, 0], [0, -1]]
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match='largest of the logits is nan'): next_probabilities(torch.tensor([[0., 1], [math.nan, 0]]), temperature)
+
+
+def test_top_p_at_its_borders():
+    assert filter_top_p(torch.tensor([0., -1000]), 1).tolist() == [0, -1000]
+    for n in (4, 10, 4096):
+        for share in (2, 5):
+            kept = filter_top_p(torch.zeros(n), 1 / share) > -math.inf
+            assert kept.tolist() == [i * share < n for i in range(n)]      # the first of equals, and no more
+
+
+def test_a_cache_of_other_heads_is_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match='this cache was made for'): wild(H=3, D=2).eval()(torch.tensor([[1]]), KVCache(wild(H=2, D=3)))
+
+
+def test_a_cache_is_where_the_model_is():
+    with torch.device('meta'): model = GPT(GPTConfig(11, 9, 2, 2, 6))
+    assert KVCache(model).numbers.is_meta
+
+
+def test_wrong_or_missing_products_are_not_used(monkeypatch):
+    assert module._onednn_works.cache_info()
+    for broken in (lambda l, x: x @ l.weight.T, lambda l, x: torch.ops.mkldnn.no_such_thing(x)):
+        monkeypatch.setattr(module, '_onednn_linear', broken)
+        assert module._onednn_works.__wrapped__() is False
+
+
+def test_which_layers_get_the_fast_product():
+    class Half(nn.Linear):
+        def forward(self, x): return super().forward(x) / 2
+    own = nn.Linear(512, 512)
+    own.forward = lambda x, f=own.forward: f(x) / 2
+    compiled = nn.Linear(512, 512)
+    compiled.compile(backend='eager')
+    for layer in (Half(512, 512), own, compiled, torch.compile(nn.Linear(512, 512), backend='eager'), nn.Linear(9, 9), nn.Linear(512, 512).double()):
+        before = [vars(m).get('forward') for m in layer.modules()]
+        with module._at_rest(layer): assert [vars(m).get('forward') for m in layer.modules()] == before
+        assert [vars(m).get('forward') for m in layer.modules()] == before
+
+
+def test_the_fast_product_leaves_nothing_and_loses_no_gradient(monkeypatch):
+    monkeypatch.setattr(module, '_MANY', 1)
+    model = wild(V=30, L=20, D=8, dtype=torch.float32)
+    want = generate(model, [1], 12, temperature=0)
+    assert not any('forward' in vars(m) for m in model.modules())
+    with module._at_rest(model):                 # as another thread would find it
+        assert sum('forward' in vars(m) for m in model.modules()) == 9
+        model(torch.tensor([[1, 2]])).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.autocast('cpu', torch.bfloat16): assert len(generate(model, [1], 12)) == 13
+    monkeypatch.setattr(module, '_onednn_works', lambda: False)
+    assert generate(model, [1], 12, temperature=0) == want
+
+
+def test_two_threads_on_one_model():
+    model = wild(V=30, L=40, D=8, dropout=0.5)
+    want = generate(model, [1], 20)
+    first_inside, second_inside, first_done = (threading.Event() for _ in range(3))
+    def inside(*_):
+        if threading.current_thread() is second:
+            second_inside.set()
+            first_done.wait(1)
+        elif not first_inside.is_set():
+            first_inside.set()
+            second.start()
+            second_inside.wait(1)
+    got = []
+    second = threading.Thread(target=lambda: got.append(generate(model, [1], 20)))
+    model.blocks[0].register_forward_pre_hook(inside)
+    generate(model, [5], 1)
+    first_done.set()
+    second.join()
+    assert got == [want]
+
+
+def test_interrupted_on_the_way_in():
+    class Late(nn.Dropout):
+        def __setattr__(self, name, value):
+            if name == 'training' and not value and '_parameters' in vars(self): raise KeyboardInterrupt
+            super().__setattr__(name, value)
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Dropout(), Late())
+    with pytest.raises(KeyboardInterrupt): generate(model, [1], 2)
+    assert all(m.training for m in model.modules())
+
+
+def test_room_is_made_as_it_is_needed():
+    assert next(stream(wild(), [1], 10**12)) in range(11)
+    assert next(stream(wild(), [1], 10**30, slide=False)) in range(11)
+
+
+def test_stop_in_every_form():
+    free = generate(wild(L=30), [1], 20)
+    for stop in (free[4], [free[4]], {free[4]}, torch.tensor([free[4], 99]), torch.tensor(free[4]), np.array([free[4]]), np.array(free[4])):
+        assert generate(wild(L=30), [1], 20, stop=stop) == free[:free.index(free[4], 1) + 1]
+    for bad in (None, 'a', '', 3.0, [2.5]):
+        with pytest.raises(TypeError, match='^stop='): stream(wild(), [1], stop=bad)
+
+
+def test_seeds_in_every_form():
+    prompts, want = [[1], [2]], generate_batch(wild(), [[1], [2]], 9, seed=[4, 2**64 + 5])
+    for seeds in (np.array([4, 5]), torch.tensor([4, 5]), (4, 5), 4): assert generate_batch(wild(), prompts, 9, seed=seeds) == want
+    assert generate_batch(wild(), iter(prompts), 9, seed=4) == want and generate(wild(), iter([1]), 9, seed=4) == want[0]
+
+
+def test_another_default_device():
+    torch.set_default_device('meta')
+    try: assert draw(torch.tensor([0., 1], device='cpu'), torch.Generator('cpu')) == 1
+    finally: torch.set_default_device(None)
+
+
+def test_the_head_reads_one_place_past_the_context_too():
+    model, seen = wild(L=5), []
+    model.lm_head.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1]))
+    generate(model, [1] * 4, 5)
+    assert seen == [1] * 5
+
+
+def test_models_that_have_half_of_it():
+    gpt = wild().eval()
+    class WithoutLastOnly(nn.Module):
+        config = gpt.config
+        def forward(self, ids, cache=None): assert cache is None; return gpt(ids)
+    class WithoutConfig(nn.Module):
+        context_length = 9
+        def forward(self, ids, cache=None, last_only=False): assert cache is None; return gpt(ids)
+    for model in (WithoutLastOnly(), WithoutConfig()): assert generate(model, [1], 15) == generate(gpt, [1], 15)
+
+
+def test_8_bits_use_their_whole_range():
+    layer = nn.Linear(16, 5)
+    with torch.no_grad(): layer.weight[0] *= 1000
+    small = Int8Linear(layer)
+    assert small.weight.abs().amax(dim=1).tolist() == [127] * 5 and not small.scale.requires_grad and repr(small) == 'Int8Linear(16, 5)'
+    for dtype, size in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        layer = nn.Linear(64, 200, bias=False).to(dtype)
+        with torch.no_grad(): layer.weight *= size
+        small = Int8Linear(layer)
+        assert small.weight.min() >= -127 and ((small.weight.sign() * layer.weight.sign()) >= 0).all()
+        assert small(torch.ones(2, 64, dtype=dtype)).dtype == dtype
+
+
+def test_the_fast_product_of_8_bits(monkeypatch):
+    calls, real = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, '_weight_int8pack_mm', lambda *args: calls.append(1) or real(*args))
+    for width in (64, 33): Int8Linear(nn.Linear(width, 3))(torch.ones(width))
+    assert calls == [1]
+    assert Int8Linear(nn.Linear(64, 3))(torch.ones(64, 2).T).shape == (2, 3) and Int8Linear(nn.Linear(33, 3))(torch.ones(0, 33)).shape == (0, 3)
+
+
+def test_a_rounded_copy_shares_nothing():
+    class Other(nn.Linear): pass
+    assert type(quantize_int8(nn.Sequential(Other(4, 4)))[0]) is Other
+    quantize_int8(nn.MultiheadAttention(32, 2, batch_first=True))(*[torch.ones(1, 3, 32)] * 3)
+    model = wild(V=50, L=16, D=16, dtype=torch.float32).eval()
+    small = quantize_int8(model)
+    assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not any(m.training for m in small.modules())
+    small.bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
