@@ -261,7 +261,8 @@ def _last_logits(
         if cache is not None and T <= cache.context_length:
             logits = model(ids[:, cache.length:], cache, last_only=True)
         else:
-            window = ids if context_length is None else ids[:, -context_length:]
+            window = (ids if context_length is None
+                      else ids[:, -context_length:])
             logits = (model(window) if cache is None
                       else model(window, last_only=True))
     if not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -288,8 +289,8 @@ def _as_ids(
     try: ids = [index(i) for i in prompt]
     except TypeError:
         raise TypeError(f"{name}={brief(prompt)} is not a row of token ids; "
-                        "for a text: tokenizer.encode(text); for several rows: "
-                        "generate_batch") from None
+                        "for a text: tokenizer.encode(text); for several "
+                        "rows: generate_batch") from None
     if not ids:
         raise ValueError(f"{name} is empty, and a model continues what is "
                          "there; begin with one token, such as that of "
