@@ -11,11 +11,12 @@ PY := $(BIN)/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab student serve pages bench clean
+.PHONY: help book test faults lab student serve pages bench clean
 
 help:        ## this list
 	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
 	@echo "make test    prove everything: export, clean, every page, every stored output, tests/"
+	@echo "make faults  kill trainings fifty times, resume each, and spoil checkpoints in thousands of ways (takes minutes)"
 	@echo "make serve   open the built book in a browser"
 	@echo "make lab     open the pages in JupyterLab (DIR=_build/student for the student edition)"
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
@@ -36,6 +37,9 @@ book: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest -n 2
+
+faults: $(READY)
+	$(PY) tests/faults.py
 
 serve: $(READY)
 	@test -d _build/html || $(MAKE) book

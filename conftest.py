@@ -13,6 +13,7 @@ from tools.compare import Mismatch, compare_outputs, read_tags
 ROOT = Path(__file__).parent
 LEDGER = ROOT/'tests'/'ledger.json'
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ['TQDM_DISABLE'] = '1'     # live lines are for those who look
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='llmbook-')     # the cells stay out of the reader's own history
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
 os.environ['LLMBOOK_PROGRESS'] = os.path.join(os.environ['IPYTHONDIR'], 'passed.json')     # and what they pass, out of theirs

@@ -157,6 +157,9 @@ class BatchOrder(Sampler):
 # %% ../nbs/04_windows.ipynb #e915551e
 def _as_is(batch): return batch         # the data set has made a whole batch
 
+def _unmoved(worker):   # Ctrl-C reaches workers too; the main process answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 class TokenLoader(DataLoader):
     "Batches of a `TokenDataset`, with a place that can be saved."
     def __init__(
@@ -179,6 +182,7 @@ class TokenLoader(DataLoader):
         order = BatchOrder(len(dataset), batch_size, shuffle, drop_last, seed)
         super().__init__(dataset, batch_sampler=order, collate_fn=_as_is,
                          num_workers=workers, persistent_workers=workers > 0,
+                         worker_init_fn=_unmoved,
                          generator=torch.Generator())  # not everybody's own
         self._place, self._restored = (0, 0), False
 

@@ -37,7 +37,7 @@ def run(page: Path) -> list[str]:
     manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
     client = NotebookClient(nb, km=manager, timeout=600, resources={'metadata': {'path': page.parent}})
     with tempfile.TemporaryDirectory(prefix='llmbook-') as home:     # the cells stay out of the reader's own history
-        client.execute(env={**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': home, 'LLMBOOK_PROGRESS': os.path.join(home, 'passed.json')})
+        client.execute(env={**os.environ, 'MPLBACKEND': 'agg', 'TQDM_DISABLE': '1', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': home, 'LLMBOOK_PROGRESS': os.path.join(home, 'passed.json')})
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = tidy(cell.outputs)
     nbformat.write(nb, page)
