@@ -389,16 +389,21 @@ def _check_settings(
     fields: dict, # its description
     trainer: Trainer, # that should go on
     rates: list[float], # learning rates of the steps
+    changed: bool, # all may be others, but for what the model computes
 ) -> None:
     "Say which setting is another one."
     way_out = "; take the same, or load with changed=True"
     here = _describe(trainer)
-    for part in ("training", "schedule"):
+    for part in ("model", "training", "schedule"):
         a, b = fields[part] or {}, here[part] or {}
         for name in {**a, **b}:
-            if a.get(name) != b.get(name): raise CheckpointError(
+            fixed = part == "model" and name != "dropout"
+            if a.get(name) == b.get(name) or changed and not fixed: continue
+            raise CheckpointError(
                 f"{path} was made with {name}={a.get(name)}, and this trainer "
-                f"has {name}={b.get(name)}{way_out}")
+                f"has {name}={b.get(name)}"
+                + ("; make the model as it was" if fixed else way_out))
+    if changed: return
     if rates and rates[-1] != trainer.schedule(len(rates) - 1):
         raise CheckpointError(
             f"{path} had a learning rate of {rates[-1]:g} in its last step, "
@@ -473,7 +478,7 @@ def load_checkpoint(
         trainer.model)
     _check_weights(path, there, here)
     history = _history(rest)
-    if not changed: _check_settings(path, fields, trainer, history.rates)
+    _check_settings(path, fields, trainer, history.rates, changed)
     state = _optimizer_state(path, rest, fields["optimizer"], trainer, changed)
     places = [pair for name in ("loader", "validation") for pair in
               _check_place(path, name, fields[name], getattr(trainer, name),
@@ -505,7 +510,7 @@ def _superfluous(
     return [step for step in steps[:-keep] if step != best]
 
 # %% ../nbs/14_checkpoint.ipynb #54404784
-_PATIENCE = 10      # seconds; workers of a killed process live on for 5
+_PATIENCE = 10      # seconds
 
 class Checkpoints:
     "The checkpoints of one training: the last few, and the best."
@@ -534,6 +539,15 @@ class Checkpoints:
     def last(self) -> Path | None: # None: there is none
         "The newest checkpoint."
         return next(reversed(self.paths()), None)
+
+    @property
+    def best(self) -> Path | None: # None: none of them was evaluated
+        "The one with the lowest validation loss."
+        if self.last is None: return None
+        file = load_file(self.last / "training.safetensors")
+        step = _best([int(p.name[5:]) for p in self.paths()],
+                     _history(file).validation)
+        return None if step is None else self._path(step)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ def _check_targets(
     low, high = (end.item() for end in targets.aminmax())
     if low < 0 or high >= V:
         mark = ("; a negative number is a mark for places to leave out: "
-                "leave them out before" if low < 0 else
+                "select the others first: logits[keep], targets[keep]" if low < 0 else
                 "; was the text encoded with another tokenizer?")
         raise ValueError(f"targets holds {low if low < 0 else high}; there "
                          f"are scores for the ids 0 to {V - 1}{mark}")
@@ -102,7 +102,7 @@ def _by_pieces(
     grad_x = torch.empty_like(hidden) if wants[0] else None
     grad_w = torch.zeros_like(weight, dtype=wide) if wants[1] else None
     for start in range(0, len(targets), chunk_size):
-        strip = push = None                      # before the next is made
+        strip = push = None               # or two would exist at a time
         piece = slice(start, start + chunk_size)
         x, y = hidden[piece], targets[piece]                 # (M, C), (M,)
         strip = (x @ weight.T).to(wide)                      # (M, V) logits
@@ -208,6 +208,6 @@ def evaluate_loss(
     finally:
         for m in training: m.training = True
     if not n:
-        raise ValueError("batches is empty, and there is no loss of no text; "
+        raise ValueError("batches is empty, so there is nothing to average; "
                          "give at least one batch")
     return total / n

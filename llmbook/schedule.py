@@ -24,8 +24,8 @@ def _check_rate(
         raise TypeError(f"{name}={value!r} is not a number; give a float, "
                         "such as 1e-3")
     if not low <= value <= high or math.isinf(value): raise ValueError(
-        f"{name}={value} is not allowed; give a number from {low:g} to "
-        f"{high:g}" + (", and not infinity" if high == math.inf else ""))
+        f"{name}={value} is not allowed; give a finite number from {low:g}"
+        + (f" to {high:g}, the learning_rate" if high < math.inf else ""))
 
 @dataclass(frozen=True)
 class WarmupCosine:

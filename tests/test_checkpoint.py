@@ -945,3 +945,29 @@ def test_tensors_are_copies_and_not_windows_into_the_file(pair, tmp_path):
     for name in ('model.safetensors', 'training.safetensors'):
         with open(tmp_path/'c'/name, 'r+b') as file: file.write(b'\xff' * (tmp_path/'c'/name).stat().st_size)
     assert state_of(trainer, tmp_path/'s') == before
+
+
+def test_another_model_of_the_same_shapes_is_refused(tmp_path):
+    trainer, _ = make(steps=9)
+    trainer.run(2, report=None)
+    save_checkpoint(tmp_path/'c', trainer)
+    for changed in (False, True):
+        fresh, _ = make(steps=9)
+        fresh.model.config = dataclasses.replace(fresh.model.config, n_head=1)
+        before = [p.clone() for p in fresh.model.parameters()]
+        with pytest.raises(CheckpointError, match='with n_head=.*, and this trainer has n_head=1; make the model as it was'): load_checkpoint(tmp_path/'c', fresh, changed)
+        assert fresh.step == 0 and all(torch.equal(a, b) for a, b in zip(before, fresh.model.parameters()))
+    fresh, _ = make(steps=9)
+    fresh.model.config = dataclasses.replace(fresh.model.config, dropout=0.75)
+    with pytest.raises(CheckpointError, match='dropout=0.75; take the same, or load with changed=True'): load_checkpoint(tmp_path/'c', fresh)
+    load_checkpoint(tmp_path/'c', fresh, changed=True)
+    assert fresh.step == 2
+
+
+def test_the_best_is_found(tmp_path):
+    kept = Checkpoints(tmp_path/'runs', every=2, keep=3)
+    assert kept.best is None
+    trainer, _ = make(steps=9)
+    trainer.run(checkpoints=kept, report=None)
+    losses = {int(p.name[5:]): trainer.history.validation.get(int(p.name[5:]), math.inf) for p in kept.paths()}
+    assert kept.best == kept.folder/f'step-{min(losses, key=losses.get):08}'

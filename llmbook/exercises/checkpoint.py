@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['check_forgotten', 'the_loss_first', 'one_step_only', 'all_steps_alike', 'to_two_decimals', 'two_steps_only',
-           'no_rate', 'the_means_before_the_weights', 'check_write_whole', 'in_its_place', 'collected', 'draft_left',
-           'swallowed', 'half_is_renamed', 'deleted_first', 'added', 'check_to_keep', 'the_highest', 'never_saved',
-           'no_milestones', 'one_more', 'twice', 'to_be_deleted', 'the_first_of_the_table', 'every_so_many',
-           'check_folder_digest', 'contents_only', 'as_it_comes', 'glued_together', 'with_a_separator', 'sizes',
+           'no_rate', 'the_means_before_the_weights', 'check_write_whole', 'in_its_place', 'collected',
+           'renamed_too_early', 'errors_only', 'draft_left', 'swallowed', 'half_is_renamed', 'deleted_first', 'added',
+           'check_to_keep', 'the_highest', 'never_saved', 'no_milestones', 'one_more', 'twice', 'to_be_deleted',
+           'the_first_of_the_table', 'every_so_many', 'check_folder_digest', 'contents_only', 'as_it_comes',
+           'glued_together', 'with_a_separator', 'a_byte_of_0', 'lengths_without_an_end', 'sorted_by_content', 'sizes',
            'added_up', 'only_names', 'a_number']
 
 # %% ../../nbs/14_checkpoint.ipynb #d071a7bc
@@ -15,6 +16,9 @@ from ..checking import exercise
 def check_forgotten():
     true = [(7, 0.3, 4.0), (2, 0.2, 3.9), (5, 0.1, 3.7)]
     yield "forgotten(true, [*true])", "nothing"
+    flat = [(7, 0.3, 4.0), (2, 0.2, 4.0)]
+    yield ("forgotten(flat, [(7, 0.3, 4.0), (2, 0.2, 4.0 + 1e-15)])",
+           "AdamW's means", "the last bit of the second loss differs")
     yield ("forgotten(true, [(7, 0.3, 4.2), (2, 0.2, 4.1), (5, 0.1, 3.6)])",
            "weights or random states")
     yield ("forgotten(true, [(7, 0.3, 4.0), (2, 0.2, 3.8), (5, 0.1, 3.6)])",
@@ -28,9 +32,10 @@ def check_forgotten():
     yield ("forgotten(true, [(7, 0.3, 4.0), (2, 0.2, 3.9), (5, 0.1, 3.6)])",
            "AdamW's means", "it may show in the third step")
 
-def _answer(true, resumed, order=("place", "steps", "loss"), n=1, digits=9):
-    a = [tuple(round(v, digits) for v in row) for row in true]
-    b = [tuple(round(v, digits) for v in row) for row in resumed]
+def _answer(true, resumed, order=("place", "steps", "loss"), n=1, digits=None):
+    def near(v): return v if digits is None else round(v, digits)
+    a = [tuple(near(v) for v in row) for row in true]
+    b = [tuple(near(v) for v in row) for row in resumed]
     column = {"place": 0, "steps": 1, "loss": 2}
     for name in order:
         if [r[column[name]] for r in a[:n]] != [r[column[name]]
@@ -85,36 +90,49 @@ def the_means_before_the_weights(true, resumed):
 # %% ../../nbs/14_checkpoint.ipynb #39078ca6
 @exercise("14.2", "A file that is never half")
 def check_write_whole():
+    import os
     import tempfile
     from pathlib import Path
+    from unittest.mock import patch
 
-    def trial(f, pieces, old=None, fails=False):
-        "Contents while writing and after, other files, the error, new file?"
+    def trial(f, pieces, old=None, fails=None):
+        "What somebody sees who looks at the file."
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "notes"
             if old is not None: path.write_bytes(old)
             number = path.stat().st_ino if path.exists() else None
             look = lambda: path.read_bytes() if path.exists() else None
-            seen, error = [], None
+            seen, whole, error = [], [], None
             def give():
                 for piece in pieces:
                     yield piece
                     seen.append(look())
-                if fails: raise OSError("the disk is full")
-            try: f(path, give())
-            except OSError as e: error = str(e)
+                if fails: raise fails("the disk is full")
+            replace = os.replace
+            def watched(draft, name):
+                whole.append(Path(draft).read_bytes() == b"".join(pieces))
+                replace(draft, name)
+            try:
+                with patch("os.replace", watched): f(path, give())
+            except (OSError, KeyboardInterrupt) as e: error = str(e)
             others = len([p for p in Path(folder).iterdir() if p != path])
-            return (seen[0], look(), others, error,
-                    path.exists() and path.stat().st_ino != number)
-    yield ('trial(write_whole, [b"ne", b"w"])',
-           (None, b"new", 0, None, True))
-    yield ('trial(write_whole, [b"ne", b"w"], b"old")',
-           (b"old", b"new", 0, None, True),
+            return dict(during=seen[0], after=look(), error=error,
+                        files_left=others, whole_when_renamed=all(whole),
+                        a_new_file=(path.exists()
+                                    and path.stat().st_ino != number))
+    def told(during, after, error=None, new=True):
+        return dict(during=during, after=after, error=error, files_left=0,
+                    whole_when_renamed=True, a_new_file=new)
+    full = "the disk is full"
+    yield 'trial(write_whole, [b"ne", b"w"])', told(None, b"new")
+    yield ('trial(write_whole, [b"ne", b"w"], b"old")', told(b"old", b"new"),
            "it is the old file while pieces come, and a new one at the end")
-    yield ('trial(write_whole, [b"ne"], b"old", fails=True)',
-           (b"old", b"old", 0, "the disk is full", False))
-    yield ('trial(write_whole, [b"ne"], fails=True)',
-           (None, None, 0, "the disk is full", False))
+    yield ('trial(write_whole, [b"ne"], b"old", fails=OSError)',
+           told(b"old", b"old", full, False))
+    yield ('trial(write_whole, [b"ne"], fails=OSError)',
+           told(None, None, full, False))
+    yield ('trial(write_whole, [b"ne"], b"old", fails=KeyboardInterrupt)',
+           told(b"old", b"old", full, False), "Ctrl-C is no Exception")
 
 @check_write_whole.wrong
 def in_its_place(path, pieces):
@@ -130,6 +148,34 @@ def collected(path, pieces):
     rename it."""
     from pathlib import Path
     Path(path).write_bytes(b"".join(pieces))
+
+@check_write_whole.wrong
+def renamed_too_early(path, pieces):
+    """The draft is renamed before it is closed, while a part of it is still
+    in memory. Rename after the `with` block."""
+    import os
+    from pathlib import Path
+    draft = Path(f"{path}.part")
+    try:
+        with open(draft, "wb") as file:
+            for piece in pieces: file.write(piece)
+            os.replace(draft, path)
+    finally: draft.unlink(missing_ok=True)
+
+@check_write_whole.wrong
+def errors_only(path, pieces):
+    """After an error the draft is removed, but Ctrl-C is no `Exception`; use
+    `finally`, or `except BaseException`."""
+    import os
+    from pathlib import Path
+    draft = Path(f"{path}.part")
+    try:
+        with open(draft, "wb") as file:
+            for piece in pieces: file.write(piece)
+        os.replace(draft, path)
+    except Exception:
+        draft.unlink()
+        raise
 
 @check_write_whole.wrong
 def draft_left(path, pieces):
@@ -291,6 +337,14 @@ def check_folder_digest():
            "two files become one")
     yield ('same(folder_digest, {"a": b"1", "b": b"2"}, '
            '{"a": b"1\\nb\\n2"})', False, "a content may hold line ends")
+    yield ('same(folder_digest, {"a": b"1", "b": b"2"}, '
+           '{"a": b"1\\0b\\0002"})', False,
+           "and any other byte, such as 0")
+    yield ('same(folder_digest, {"a": b"1", "b": b"1"}, '
+           '{"b": b"1", "a": b"1"})', True, "two files with equal contents")
+    yield ('same(folder_digest, {"1": b"abcdefghi2xy"}, '
+           '{"12abcdefghi": b"xy"})', False,
+           "digits may be part of a name or a content")
 
 def _glued(files, parts):
     import hashlib
@@ -326,6 +380,31 @@ def with_a_separator(files):
     lengths, or a checksum of each part."""
     return _glued(files, [p + b"\n" for name in sorted(files)
                           for p in (name.encode(), files[name])])
+
+@check_folder_digest.wrong
+def a_byte_of_0(files):
+    """A byte of 0 separates the parts, and a content may hold it, as it may
+    hold any byte. Use lengths, or a checksum of each part."""
+    return _glued(files, [p + b"\0" for name in sorted(files)
+                          for p in (name.encode(), files[name])])
+
+@check_folder_digest.wrong
+def lengths_without_an_end(files):
+    """The lengths are there, but where does a length end? Give it a fixed
+    number of digits, or a checksum of each part."""
+    return _glued(files, [str(len(p)).encode() + p for name in sorted(files)
+                          for p in (name.encode(), files[name])])
+
+@check_folder_digest.wrong
+def sorted_by_content(files):
+    """The files are sorted by their contents, and of equal contents the order
+    of the dictionary decides. Sort by name."""
+    import hashlib
+    whole = hashlib.sha256()
+    for name, data in sorted(files.items(), key=lambda item: item[1]):
+        for part in (name.encode(), data):
+            whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
 
 @check_folder_digest.wrong
 def sizes(files):

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['check_text_perplexity', 'inverse_of_the_mean', 'mean_of_inverses', 'of_the_whole_text', 'without_the_minus',
-           'still_a_loss', 'in_bits', 'by_the_product', 'impossible_is_an_error', 'impossible_is_left_out',
+           'still_a_loss', 'in_bits', 'by_the_product', 'by_a_product_of_zero', 'two_to_the_nats',
+           'a_little_more_than_0', 'impossible_is_no_surprise', 'impossible_is_an_error', 'impossible_is_left_out',
            'check_blind_bits_per_byte', 'in_nats', 'per_letter', 'per_token', 'of_the_whole', 'upside_down',
            'the_first_is_free', 'only_different_ones', 'knows_the_text', 'whole_bits', 'check_loss_by_vocabulary',
            'all_at_once', 'the_sum_of_places', 'logarithms_added', 'the_last_piece_alone', 'the_largest_alone',
@@ -80,6 +81,38 @@ def by_the_product(probabilities):
     import math
     product = math.prod(probabilities)
     return product ** (-1 / len(probabilities)) if product else math.inf
+
+@check_text_perplexity.wrong
+def by_a_product_of_zero(probabilities):
+    """Right for short texts. The product of many probabilities is rounded to
+    0, and 0 to a negative power is an error; add their logarithms instead."""
+    import math
+    if 0 in probabilities: return math.inf
+    return math.prod(probabilities) ** (-1 / len(probabilities))
+
+@check_text_perplexity.wrong
+def two_to_the_nats(probabilities):
+    """The surprises are in nats, and a power of 2 wants bits. Either
+    `math.exp`, or `math.log2` all along."""
+    import math
+    if 0 in probabilities: return math.inf
+    return 2 ** (-sum(map(math.log, probabilities)) / len(probabilities))
+
+@check_text_perplexity.wrong
+def a_little_more_than_0(probabilities):
+    """A small number was added to keep the logarithm from failing. What was
+    called impossible is infinitely surprising: the answer is `math.inf`."""
+    import math
+    return math.exp(-sum(math.log(p + 1e-12) for p in probabilities)
+                    / len(probabilities))
+
+@check_text_perplexity.wrong
+def impossible_is_no_surprise(probabilities):
+    """The impossible token was counted, with no surprise at all. It is
+    infinitely surprising: the answer is `math.inf`."""
+    import math
+    return math.exp(-sum(math.log(p) for p in probabilities if p)
+                    / len(probabilities))
 
 @check_text_perplexity.wrong
 def impossible_is_an_error(probabilities):
@@ -296,8 +329,9 @@ def starts_at_zero(hidden, weight, targets, chunk_size):
 
 @check_loss_by_vocabulary.wrong
 def a_piece_of_the_places(hidden, weight, targets, chunk_size):
-    """The places were cut, and each piece still has the logits of the whole
-    vocabulary. Here the vocabulary is to be cut: rows of `weight`."""
+    """A larger table was made. Perhaps the places were cut, where the
+    vocabulary (rows of `weight`) is to be; or one result for each piece was
+    kept; or targets were found by a product of all places with all."""
     import torch
     loss = sum(torch.nn.functional.cross_entropy(
         hidden[s:s + chunk_size] @ weight.T, targets[s:s + chunk_size],
@@ -318,9 +352,10 @@ def check_loss_with_z():
         return (6 * z.grad.sum(-1)).flatten()
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     z = logits.exp().sum(-1).log()
-    pair, one = torch.tensor([0.0, 0.0]), torch.tensor(1)
-    yield ("float(loss_with_z(pair, one, 2.0))", 0.693147 + 2 * 0.693147 ** 2,
-           "one place with two equal logits: ln 2, and twice its square")
+    pair, one = torch.tensor([0.0, 1.0]), torch.tensor(1)
+    yield ("float(loss_with_z(pair, one, 2.0))", 0.313262 + 2 * 1.313262 ** 2,
+           "one place with the logits 0 and 1: the logarithm of the sum is "
+           "1.313, the loss 0.313")
     yield "float(loss_with_z(logits, targets, 0.0))", plain, "no z-loss"
     yield ("float(loss_with_z(logits, targets, 0.5))",
            plain + 0.5 * z.square().mean().item(), "six places")

@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['check_warmup_stable_decay', 'first_step_at_nothing', 'never_quite_zero', 'below_zero', 'no_stay',
            'falls_one_too_late', 'divides_by_no_warmup', 'a_cosine', 'check_clip_gradients', 'each_by_itself',
-           'cut_by_value', 'stretched', 'always_two', 'no_root', 'infinity_as_a_power', 'signs_kept_in_the_sum',
-           'divided_by_nothing', 'in_place', 'check_share_of_loss', 'equal_shares', 'by_texts', 'by_places',
-           'zero_left_out', 'counts_only', 'share_within_the_piece', 'at_least_one', 'check_rate_finder',
-           'equal_differences', 'never_at_the_top', 'raised_before_the_first', 'never_stops', 'twice_the_first',
-           'twice_the_last', 'at_twice', 'last_pair_lost', 'nan_overlooked', 'rates_only']
+           'cut_by_value', 'stretched', 'always_two', 'something_added', 'no_root', 'infinity_as_a_power',
+           'signs_kept_in_the_sum', 'divided_by_nothing', 'in_place', 'check_share_of_loss', 'equal_shares', 'by_texts',
+           'by_places', 'zero_left_out', 'counts_only', 'share_within_the_piece', 'at_least_one', 'check_rate_finder',
+           'equal_differences', 'never_at_the_top', 'last_one_rounded_away', 'raised_before_the_first', 'never_stops',
+           'twice_the_first', 'twice_the_last', 'at_twice', 'last_pair_lost', 'nan_overlooked', 'rates_only']
 
 # %% ../../nbs/13_schedule.ipynb #9d882893
 from ..checking import exercise
@@ -99,9 +99,11 @@ def check_clip_gradients():
     yield ("lists(clip_gradients([a, b], third_root / 2, 3))",
            [[[1.5], [2.0]], [-6.0]],
            "27 + 64 + 1728 is 1819, and the norm is its third root")
-    zero = torch.zeros(2)
+    zero, tiny = torch.zeros(2), torch.tensor([4e-6])
     yield ("lists(clip_gradients([zero], 1., 2))", [[0.0, 0.0]],
            "a norm of 0 is short enough")
+    yield ("clip_gradients([tiny], 2e-6, 2)[0].item() * 1e6", 2.0,
+           "a tiny gradient with a tiny limit")
 
 def _clip(gradients, largest, p, norm=None, factor=None):
     import torch
@@ -133,6 +135,12 @@ def stretched(gradients, largest, p):
 def always_two(gradients, largest, p):
     "The norm is always that of p = 2; use `p`."
     return _clip(gradients, largest, 2)
+
+@check_clip_gradients.wrong
+def something_added(gradients, largest, p):
+    "Something was added to the norm, and a small gradient feels it."
+    return _clip(gradients, largest, p, factor=lambda n, c: min(
+        1., c / (n + 1e-6)))
 
 @check_clip_gradients.wrong
 def no_root(gradients, largest, p):
@@ -185,7 +193,8 @@ def check_share_of_loss():
     short = [torch.tensor([[1, 2, 3]] * 2), torch.tensor([[4, 5]])]
     filled = [torch.tensor([[1, -100, -100]]), torch.tensor([[4, 5, 0]])]
     nothing = [torch.tensor([[-100, -100]]), torch.tensor([[7, -100]])]
-    yield "share_of_loss(equal)", [0.5, 0.5], "four targets each"
+    yield ("share_of_loss(equal)", [0.5, 0.5],
+           "four targets each; the weights are floats")
     yield ("share_of_loss(short)", [0.75, 0.25],
            "six targets of eight, and two")
     yield ("share_of_loss(filled)", [0.25, 0.75],
@@ -247,6 +256,8 @@ def check_rate_finder():
            [0.001, 0.01, 0.1])
     yield ("rate_finder(lambda rate: 1 / rate, 1.0, 4.0, 3)",
            [(1.0, 1.0), (2.0, 0.5), (4.0, 0.25)], "update gets the rate")
+    yield ("len(rate_finder(lambda rate: 7.0, 1e-5, 1.0, 5))", 5,
+           "five rates, and the last is tried, whatever rounding does")
     yield ("len(rate_finder(script(2., 1., 3., 1.), 1.0, 8.0, 4))", 3,
            "the smallest is 1 when 3 comes")
     yield ("rate_finder(script(5., 2., 4., 4.5, 1.), 1.0, 16.0, 5)",
@@ -283,6 +294,17 @@ def never_at_the_top(*arguments):
     the exponent is k / (steps - 1)."""
     return _find(*arguments, rate=lambda low, high, k, n:
                  low * (high / low) ** (k / n))
+
+@check_rate_finder.wrong
+def last_one_rounded_away(update, low, high, steps):
+    """Multiplied step by step, the last rate may come out a little above
+    `high`, and is then not tried. Count the steps instead."""
+    factor, rate, rates = (high / low) ** (1 / (steps - 1)), low, []
+    while rate <= high:
+        rates.append(rate)
+        rate *= factor
+    return _find(update, low, high, len(rates),
+                 rate=lambda low, high, k, n: rates[k])
 
 @check_rate_finder.wrong
 def raised_before_the_first(*arguments):
