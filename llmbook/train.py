@@ -210,7 +210,7 @@ class Trainer:
                 "can be read again and again, with one batch at least")
 
     def _next_group(self) -> list: # batches of a step
-        "Read on; begin an epoch if an error has ended the last one."
+        "Read on; begin anew if Ctrl-C has ended the reading midway."
         group = next(self._groups, None)
         if group is None:
             self._groups = self._read()
@@ -232,8 +232,8 @@ class Trainer:
                 raise FloatingPointError(
                     f"step {self.step}: the loss is {loss} and the "
                     f"gradient's norm {norm}, at a learning rate of {rate:g};"
-                    " the weights are still those of the step before. Try a "
-                    "lower learning_rate")
+                    " the weights are those of the step before, and may be "
+                    "spoilt already. Try a lower learning_rate")
             self.optimizer.step()
         finally: self.optimizer.zero_grad()
         h = self.history

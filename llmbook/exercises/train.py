@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['check_momentum_step', 'uphill', 'a_mean', 'old_velocity', 'no_memory', 'no_friction', 'rate_inside',
-           'only_the_numbers', 'check_decaying', 'by_the_name', 'frozen_too', 'named_twice', 'vectors_only',
-           'all_of_them', 'as_they_come', 'buffers_too', 'matrices_exactly', 'check_stop_early', 'sees_the_future',
-           'never_stops', 'never_resets', 'an_equal_will_do', 'than_the_last', 'one_too_late', 'the_other_order',
-           'the_losses', 'check_smooth', 'from_zero', 'from_the_first', 'the_other_share', 'mended_in_place',
-           'plain_mean', 'one_share_for_all', 'the_last_alone', 'check_copied_share', 'counted_twice',
-           'share_of_windows', 'single_tokens', 'of_the_source', 'a_count', 'longer_only', 'empty_fails',
+           'only_the_numbers', 'check_decaying', 'by_the_name', 'no_embeddings', 'frozen_too', 'named_twice',
+           'vectors_only', 'all_of_them', 'as_they_come', 'buffers_too', 'matrices_exactly', 'check_stop_early',
+           'sees_the_future', 'never_stops', 'never_resets', 'an_equal_will_do', 'than_the_last', 'one_too_late',
+           'the_other_order', 'the_losses', 'check_smooth', 'from_zero', 'from_the_first', 'the_other_share',
+           'mended_in_place', 'plain_mean', 'one_share_for_all', 'the_last_alone', 'check_copied_share',
+           'counted_twice', 'share_of_windows', 'single_tokens', 'of_the_source', 'a_count', 'longer_only',
+           'empty_fails', 'not_to_the_end', 'jumps_over', 'the_longest_from_each', 'in_any_order', 'as_letters',
            'side_by_side']
 
 # %% ../../nbs/12_train.ipynb #7b84c30a
@@ -76,23 +77,23 @@ def check_decaying():
     class Small(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table = nn.Embedding(5, 3)
+            self.embedding = nn.Embedding(5, 3)
             self.norm = nn.LayerNorm(3)
             self.inner = nn.Linear(3, 3)
             self.scale = nn.Parameter(torch.ones(()))
             self.offset = nn.Parameter(torch.ones(1, 3))
             self.register_buffer("mask", torch.ones(4, 4))
             self.head = nn.Linear(3, 5, bias=False)
-            self.head.weight = self.table.weight
+            self.head.weight = self.embedding.weight
     def small(frozen=""):
         model = Small()
         for name, p in model.named_parameters():
             if frozen and name.startswith(frozen): p.requires_grad = False
         return model
-    yield ("decaying(small())", ["inner.weight", "offset", "table.weight"],
+    yield ("decaying(small())", ["embedding.weight", "inner.weight", "offset"],
            "a table, a matrix, and `offset`, whose shape is (1, 3); the head "
            "is the table")
-    yield ("decaying(small(frozen='inner'))", ["offset", "table.weight"],
+    yield ("decaying(small(frozen='inner'))", ["embedding.weight", "offset"],
            "inner.weight is frozen")
     yield "decaying(nn.LayerNorm(4))", []
     yield ("decaying(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))",
@@ -106,6 +107,13 @@ def by_the_name(model):
     called otherwise. Ask for the number of dimensions."""
     return sorted(n for n, p in model.named_parameters()
                   if p.requires_grad and n.endswith("weight"))
+
+@check_decaying.wrong
+def no_embeddings(model):
+    """Tables decay as matrices do. Do not go by the names; the number of
+    dimensions decides."""
+    return sorted(n for n, p in model.named_parameters()
+                  if p.requires_grad and p.dim() >= 2 and "emb" not in n)
 
 @check_decaying.wrong
 def frozen_too(model):
@@ -167,6 +175,7 @@ def check_stop_early():
     yield ("stop_early(curve(5, 4, 4.5, 4.2, 4.1, 4.05), 3)", (40, 10),
            "4.2 and 4.1 fall, but they are no new lowest")
     yield "stop_early({0: 7.0}, 5)", (0, 0)
+    yield "stop_early(curve(120, 110, 130), 1)", (20, 10), "losses may be large"
 
 def _stop(validation, patience, reset=True, equal=False, before=False):
     best, waited, last = None, 0, None
@@ -305,6 +314,17 @@ def check_copied_share():
     yield ("copied_share([1, 2, 3, 4, 9], [0, 1, 2, 3, 4], 2)", 0.8,
            "1 2, 2 3 and 3 4 are copied; 2 and 3 lie in two of them and count "
            "once")
+    yield ("copied_share([1, 2], [1, 2], 2)", 1.0,
+           "a run of exactly two is long enough")
+    yield ("copied_share([9, 1, 2], [1, 2], 2)", 2 / 3,
+           "a run may begin at any place")
+    yield ("copied_share([1, 2, 3, 4, 9], [0, 1, 2, 3, 4], 3)", 0.8,
+           "1 2 3 and 2 3 4 overlap, and both stand in the source")
+    yield ("copied_share([1, 2, 3, 4], [1, 2, 3, 9, 2, 3, 4], 3)", 1.0,
+           "1 2 3 and 2 3 4 stand there, though not together")
+    yield ("copied_share([3, 2, 1], [1, 2, 3], 3)", 0.0,
+           "the order counts")
+    yield ("copied_share([1, 2], [11, 2], 2)", 0.0, "1 is not 11")
     yield ("copied_share([1, 2, 9, 3, 4], [1, 2, 3, 4], 3)", 0.0,
            "there are runs of two only")
     yield ("copied_share([1, 3, 2], [1, 2, 3], 1)", 1.0,
@@ -358,6 +378,57 @@ def longer_only(text, source, length):
 def empty_fails(text, source, length):
     "An empty text has no tokens to divide by; its share is 0."
     return len(_copied(text, source, length)[0]) / len(text)
+
+@check_copied_share.wrong
+def not_to_the_end(text, source, length):
+    """The last window is missing: windows begin at
+    range(len(text) - length + 1)."""
+    return len(_copied(text[:-1], source, length)[0]) / max(1, len(text))
+
+@check_copied_share.wrong
+def jumps_over(text, source, length):
+    """After a run has been found, the search goes on behind it, and overlooks
+    a run that overlaps it. Look at every place."""
+    copied, i = set(), 0
+    places = _copied(text, source, length)[1]
+    while i <= len(text) - length:
+        if i in places: copied.update(range(i, i + length))
+        i += length if i in places else 1
+    return len(copied) / max(1, len(text))
+
+@check_copied_share.wrong
+def the_longest_from_each(text, source, length):
+    """The longest run is taken at each place, and the search goes on behind
+    it. Another run may begin inside it and reach further."""
+    copied, i = set(), 0
+    def there(run): return any(source[k:k + len(run)] == run
+                               for k in range(len(source)))
+    while i < len(text):
+        n = 0
+        while i + n < len(text) and there(text[i:i + n + 1]): n += 1
+        if n >= length: copied.update(range(i, i + n))
+        i += max(1, n if n >= length else 1)
+    return len(copied) / max(1, len(text))
+
+@check_copied_share.wrong
+def in_any_order(text, source, length):
+    "A run is a row of tokens in their order, not a handful of them."
+    rows = [sorted(source[i:i + length])
+            for i in range(len(source) - length + 1)]
+    places = [i for i in range(len(text) - length + 1)
+              if sorted(text[i:i + length]) in rows]
+    return len({j for i in places for j in range(i, i + length)}) / max(
+        1, len(text))
+
+@check_copied_share.wrong
+def as_letters(text, source, length):
+    """The ids were joined to one string, in which 1 2 stands in 11 2; compare
+    lists or tuples."""
+    whole = " ".join(map(str, source))
+    places = [i for i in range(len(text) - length + 1)
+              if " ".join(map(str, text[i:i + length])) in whole]
+    return len({j for i in places for j in range(i, i + length)}) / max(
+        1, len(text))
 
 @check_copied_share.wrong
 def side_by_side(text, source, length):
