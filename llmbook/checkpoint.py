@@ -239,20 +239,20 @@ def _check_tokenizer(
             "the same ids as gpt2_encoding()), or None")
 
 # %% ../nbs/14_checkpoint.ipynb #ca927898
-def save_checkpoint(
-    path: str | os.PathLike, # the folder to be made
+_PATIENCE = 10      # seconds
+
+def _write(
+    target: Path, # the folder to be made
     trainer: Trainer, # left as it is
-    tokenizer: BPETokenizer | None = None, # kept with it
-) -> Path: # the folder
+    tokenizer: BPETokenizer | None, # kept with it
+) -> None:
     "Write all of a training under another name, then rename it."
-    target = Path(path).resolve()                     # a link stays a link
     _check_target(target)
-    _check_tokenizer(tokenizer)
     text = json.dumps(_describe(trainer), allow_nan=False)
     _tidy(target)
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         (part / "checkpoint.json").write_bytes(text.encode())
         save_file({name: v.detach().contiguous() for name, v
                    in _weights(trainer.model).items()},
@@ -268,7 +268,20 @@ def save_checkpoint(
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if not isinstance(error, SafetensorError): raise
-        raise OSError(f"{path} could not be written: {error}") from None
+        raise OSError(f"{target.name} could not be written: {error}") from None
+
+def save_checkpoint(
+    path: str | os.PathLike, # the folder to be made
+    trainer: Trainer, # left as it is
+    tokenizer: BPETokenizer | None = None, # kept with it
+) -> Path: # the folder
+    "Keep all of a training: what had the name before, or all of the new."
+    target = Path(path).resolve()                     # a link stays a link
+    _check_tokenizer(tokenizer)
+    _check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"), _PATIENCE)
+    with lock: _write(target, trainer, tokenizer)
     return Path(path)
 
 # %% ../nbs/14_checkpoint.ipynb #4de2ffe0
@@ -510,8 +523,6 @@ def _superfluous(
     return [step for step in steps[:-keep] if step != best]
 
 # %% ../nbs/14_checkpoint.ipynb #54404784
-_PATIENCE = 10      # seconds
-
 class Checkpoints:
     "The checkpoints of one training: the last few, and the best."
     def __init__(
@@ -607,7 +618,7 @@ class Checkpoints:
         held = self._lock.is_locked               # and checked, by `hold`
         with self._locked():
             if not held: self._check_past(trainer)
-            save_checkpoint(self._path(trainer.step), trainer, self.tokenizer)
+            _write(self._path(trainer.step), trainer, self.tokenizer)
             self._saved = trainer.step
             steps = [int(path.name[5:]) for path in self.paths()]
             for step in _superfluous(steps, trainer.history.validation,

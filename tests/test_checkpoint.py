@@ -38,7 +38,7 @@ def a_quick_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda handle: N
 
 
 def steps(folder): return [int(p.name[5:]) for p in Checkpoints(folder).paths()]
-def names(folder): return sorted(p.name for p in Path(folder).iterdir() if p.name != '.lock')
+def names(folder): return sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith('.'))
 
 
 def disturb():
@@ -244,7 +244,7 @@ def test_a_new_process_goes_on_with_the_same_bytes(tmp_path):
     assert digest(tmp_path/'killed') == digest(tmp_path/'here')
     assert not [n for n in names(tmp_path/'killed') if '.' in n]
     if os.name == 'nt': return
-    out = faults.interrupt(tmp_path/'int', 0.2, workers=2)
+    out = faults.interrupt(tmp_path/'int', 3, 0.01, workers=2)
     assert f'of {STEPS}, saved as {Checkpoints(tmp_path/"int").last}; run() goes on' in out and 'resume()' in out
     assert 0 < steps(tmp_path/'int')[-1] < STEPS
     faults.finish(tmp_path/'int', workers=2, quick=True)
@@ -407,6 +407,7 @@ FAULTS = {
     'edited': (lambda p: edit(p, step=7), 'is damaged: checkpoint.json is not what was written'),
     'exchanged': (lambda p: shutil.copy(p.with_name('step-00000004')/'model.safetensors', p), 'is damaged: model.safetensors is not what was written'),
     'not listed': (lambda p: (p/'SHA256SUMS').write_text('\n'.join(l for l in (p/'SHA256SUMS').read_text().split('\n') if 'tokenizer' not in l)), 'SHA256SUMS is not what was written'),
+    'more is listed': (lambda p: (p/'SHA256SUMS').write_bytes((p/'SHA256SUMS').read_bytes() + b'?\n'), 'SHA256SUMS is not what was written'),
     'pickled': (lambda p: torch.save({'a': torch.ones(2)}, p/'model.safetensors'), 'model.safetensors is not what was written'),
 }
 
@@ -516,6 +517,25 @@ def test_a_function_as_a_schedule_is_compared_by_what_it_gives(tmp_path):
     save_checkpoint(tmp_path/'c', first)
     load_checkpoint(tmp_path/'c', trainer(0.01))
     with pytest.raises(CheckpointError, match='learning rate of 0.00333333 in its last step, .* gives 0.00666667'): load_checkpoint(tmp_path/'c', trainer(0.02))
+
+
+def test_a_schedule_that_differs_only_later(tmp_path):
+    trainer, _ = make(steps=30)
+    trainer.run(3, report=None)                            # in the warm-up, which is the same
+    save_checkpoint(tmp_path/'c', trainer)
+    other, _ = make(steps=30)
+    other.schedule = dataclasses.replace(other.schedule, max_steps=60)
+    assert other.schedule(2) == trainer.schedule(2)
+    with pytest.raises(CheckpointError, match='max_steps=30, and this trainer has max_steps=60'): load_checkpoint(tmp_path/'c', other)
+
+
+def test_a_trainer_that_has_trained_before(pair):
+    for stop in (1, 3, 9):
+        trainer, _ = make(steps=9)
+        trainer.run(stop, report=None)
+        load_checkpoint(pair/'step-00000004', trainer)
+        trainer.run(report=None)
+        assert trainer.history == make_whole(9).history
 
 
 def test_changed_settings(pair):
@@ -636,7 +656,26 @@ def test_more_than_a_hundred_million_steps(tmp_path):
     assert not (tmp_path/'none').exists()
 
 
+def test_a_loss_that_is_no_number_is_never_the_best():
+    for losses in ({10: math.nan, 20: 9.0}, {10: 9.5, 20: 9.0, 30: math.nan}): assert module._best([10, 20, 30], losses) == 20
+    assert module._best([10], {10: math.nan}) == 10 and module._best([10], {20: 1.0}) is module._best([], {}) is None
+
+
 # ---- one folder, one training
+
+def test_notes_in_the_way_are_not_deleted(tmp_path):
+    trainer, _ = make(steps=6)
+    (tmp_path/'step-00000002').mkdir()
+    (tmp_path/'step-00000002'/'notes.txt').write_text('mine')
+    with pytest.raises(CheckpointError, match='of another training, or damaged'): trainer.run(3, checkpoints=Checkpoints(tmp_path, every=2), report=None)
+    checkpoints, lines = Checkpoints(tmp_path/'runs', every=2), []
+    trainer.run(1, checkpoints=checkpoints, report=None)
+    with checkpoints.hold(trainer):
+        shutil.copytree(tmp_path/'step-00000002', tmp_path/'runs'/'step-00000002')
+        trainer.update()
+        checkpoints.after_step(trainer, lines.append)
+    assert 'not saved' in lines[0] and 'is no checkpoint that could be replaced' in lines[0]
+    assert (tmp_path/'runs'/'step-00000002'/'notes.txt').read_text() == 'mine'
 
 def test_a_folder_of_another_training(tmp_path):
     first, _ = make(steps=9)
@@ -707,14 +746,13 @@ def test_two_processes_in_one_folder(tmp_path, monkeypatch):
 
 @posix
 def test_two_that_save_under_one_name_are_never_mixed(tmp_path):
-    "Each of the files is of one trainer, or it is not there; one of the two may get an error, but no reader is ever given a mix."
+    "One waits for the other, so both can save, and no reader is ever given a mix."
     def writer(rate):
         def work():
             trainer, _ = make(steps=9, rate=rate)
             trainer.run(2, report=None)
             for _ in range(15):
-                try: save_checkpoint(tmp_path/'c', trainer)
-                except OSError: pass
+                save_checkpoint(tmp_path/'c', trainer)
         return work
     wants = set()
     for rate in (1e-2, 2e-2):
@@ -725,23 +763,25 @@ def test_two_that_save_under_one_name_are_never_mixed(tmp_path):
     children = []
     for rate in (1e-2, 2e-2):
         if not (child := os.fork()):
-            try: writer(rate)()
-            finally: os._exit(0)
+            code = 1
+            try:
+                writer(rate)()
+                code = 0
+            finally: os._exit(code)
         children.append(child)
-    for child in children: os.waitpid(child, 0)
-    module._tidy(tmp_path/'c')
+    for child in children: assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     read_checkpoint(tmp_path/'c')
     assert (tmp_path/'c'/'SHA256SUMS').read_bytes() in wants
 
 
 def test_two_that_save_at_the_same_moment(tmp_path, monkeypatch):
-    "The second begins when the first has written its weights, and waits until the first has ended: two halves of two trainings must not make a whole."
+    "The second begins when the first has written its weights, and has to wait until the first has ended."
     first, second = (make(steps=9, rate=rate)[0] for rate in (1e-2, 2e-2))
     for trainer in (first, second): trainer.run(2, report=None)
     real, begun, ended, errors = module._flatten, threading.Event(), threading.Event(), []
     def flatten(trainer):
-        if trainer is first: other.start(), begun.wait(20)
-        else: begun.set(), ended.wait(20)
+        if trainer is first: other.start(), begun.wait(0.3)
+        else: begun.set(), ended.wait(5)
         return real(trainer)
     def save(trainer):
         try: save_checkpoint(tmp_path/'c', trainer)
@@ -751,7 +791,7 @@ def test_two_that_save_at_the_same_moment(tmp_path, monkeypatch):
     save(first)
     ended.set()
     other.join()
-    assert len(errors) < 2
+    assert not errors
     read_checkpoint(tmp_path/'c')
     by_loss = {t.history.losses[-1]: t for t in (first, second)}
     assert len(by_loss) == 2
@@ -938,6 +978,10 @@ def test_a_compiled_model_is_saved_as_itself(tmp_path):
 
 
 def test_tensors_are_copies_and_not_windows_into_the_file(pair, tmp_path):
+    plain, _ = make(steps=5, model=GPT)
+    model, _ = load_model(save_checkpoint(tmp_path/'g', plain))
+    with open(tmp_path/'g'/'model.safetensors', 'r+b') as file: file.write(b'\xff' * (tmp_path/'g'/'model.safetensors').stat().st_size)
+    assert torch.equal(model.lm_head.weight, plain.model.lm_head.weight)
     shutil.copytree(pair/'step-00000008', tmp_path/'c')
     trainer, _ = make(steps=9)
     load_checkpoint(tmp_path/'c', trainer)
