@@ -24,6 +24,16 @@ PROVED = 'exercises', 'checkers', 'wrong answers refused with their own hint', '
 BUCKETS = 'exact', 'within tolerance', 'uncompared', 'silent', 'not run'
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "Small products on one thread: quicker, and the same sums on every machine."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def setup(self, setup=plugin.IPyNbCell.setup):
     "Read the cell's tags; skip it if it says `#| eval: false`."
     setup(self)

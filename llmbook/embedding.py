@@ -15,15 +15,16 @@ from .core import check_count
 # %% ../nbs/05_embeddings.ipynb #fb19570f
 def _check_ids(
     ids: Tensor, # what should be token ids
+    name: str = "ids", # of the argument, for the message
 ) -> None:
     "Refuse anything but a tensor of whole numbers."
     if not isinstance(ids, Tensor):
-        raise TypeError(f"ids is a {type(ids).__name__}; give a tensor: "
-                        "torch.tensor(ids)")
+        raise TypeError(f"{name} is a {type(ids).__name__}; give a tensor: "
+                        f"torch.tensor({name})")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids has dtype {ids.dtype}; allowed are torch.int64 "
-                        "and torch.int32. If it does hold token ids, "
-                        "ids.long() converts them")
+        raise TypeError(f"{name} has dtype {ids.dtype}; allowed are "
+                        "torch.int64 and torch.int32. If it does hold token "
+                        f"ids, {name}.long() converts them")
 
 def _refuse_strangers(
     ids: Tensor, # (...) int64 or int32

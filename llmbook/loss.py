@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .core import check_count
+from .embedding import _check_ids
 
 # %% ../nbs/11_loss.ipynb #74417d84
-_REFUSE_THEMSELVES = {"cuda", "meta"}      # "meta" has no ids to refuse
+_LOOK_LATE = {"cuda", "meta"}          # to look would make everything wait
 
 def _check_targets(
     scored: Tensor, # (..., V) logits, or (..., C) vectors
@@ -23,13 +24,7 @@ def _check_targets(
     V: int, # number of token ids
 ) -> None:
     "Refuse targets that are no ids, or do not fit what is scored."
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets is a {type(targets).__name__}; give a "
-                        "tensor: torch.tensor(targets)")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets has dtype {targets.dtype}; allowed are "
-                        "torch.int64 and torch.int32. If it does hold token "
-                        "ids, targets.long() converts them")
+    _check_ids(targets, "targets")
     if targets.shape != scored.shape[:-1]:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}, and there are scores "
@@ -37,7 +32,7 @@ def _check_targets(
     if not targets.numel():
         raise ValueError("targets is empty, and a mean of nothing is no "
                          "number; give at least one token")
-    if (targets.device.type in _REFUSE_THEMSELVES
+    if (targets.device.type in _LOOK_LATE
             or torch.compiler.is_compiling()): return
     low, high = (end.item() for end in targets.aminmax())
     if low < 0 or high >= V:

@@ -25,12 +25,7 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='processes are forked')
 root = pytest.mark.skipif(os.name == 'nt' or os.geteuid() != 0, reason='only root can become somebody else, or mount')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,7 @@ SEEDS = st.integers(0, 2**31)
 ROWS = st.lists(st.integers(-8, 8).map(lambda i: i / 2), min_size=1, max_size=12)      # few different values, so ties are frequent
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def wild(V=11, L=9, N=2, H=2, D=3, seed=0, dropout=0.4, dtype=torch.double, **more):

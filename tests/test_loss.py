@@ -339,7 +339,7 @@ def test_sizes_of_the_head_and_of_a_piece():
 
 def test_where_nobody_looks_first():
     "On a graphics card to look would mean to wait; on `meta` there is nothing to see."
-    assert module._REFUSE_THEMSELVES == {'cuda', 'meta'}
+    assert module._LOOK_LATE == {'cuda', 'meta'}
     hidden, weight, targets = (t.to('meta') for t in drawn((2, 3), 5, 0, 4))
     assert next_token_loss(hidden @ weight.T, targets).is_meta and linear_cross_entropy(hidden, weight, targets).is_meta
 
@@ -347,7 +347,7 @@ def test_where_nobody_looks_first():
 @pytest.mark.parametrize('bad', [-1, -100, 5])
 def test_a_card_would_refuse_too(monkeypatch, bad):
     "Where nobody looks first, no id is read backwards from the end: the kernel refuses."
-    monkeypatch.setattr(module, '_REFUSE_THEMSELVES', {'cpu'})
+    monkeypatch.setattr(module, '_LOOK_LATE', {'cpu'})
     hidden, weight, targets = drawn((6,), 5, 0, 4)
     targets[4] = bad
     for loss_of in both(hidden, weight, targets):

@@ -21,12 +21,7 @@ SEEDS = st.integers(0, 2**31)
 IDS = torch.arange(400) * 7 % 11
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gpt(V=11, L=6, N=2, H=2, D=4, seed=0, dropout=0.0, dtype=torch.double, **more):
