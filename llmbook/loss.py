@@ -37,7 +37,8 @@ def _check_targets(
     low, high = (end.item() for end in targets.aminmax())
     if low < 0 or high >= V:
         mark = ("; a negative number is a mark for places to leave out: "
-                "select the others first: logits[keep], targets[keep]" if low < 0 else
+                "select the others first: logits[keep], targets[keep]"
+                if low < 0 else
                 "; was the text encoded with another tokenizer?")
         raise ValueError(f"targets holds {low if low < 0 else high}; there "
                          f"are scores for the ids 0 to {V - 1}{mark}")

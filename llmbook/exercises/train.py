@@ -175,7 +175,8 @@ def check_stop_early():
     yield ("stop_early(curve(5, 4, 4.5, 4.2, 4.1, 4.05), 3)", (40, 10),
            "4.2 and 4.1 fall, but they are no new lowest")
     yield "stop_early({0: 7.0}, 5)", (0, 0)
-    yield "stop_early(curve(120, 110, 130), 1)", (20, 10), "losses may be large"
+    yield ("stop_early(curve(120, 110, 130), 1)", (20, 10),
+           "losses may be large")
 
 def _stop(validation, patience, reset=True, equal=False, before=False):
     best, waited, last = None, 0, None
