@@ -216,7 +216,7 @@ def _onednn_works() -> bool: # whether it is there and computes right
     except (RuntimeError, AttributeError): return False
 
 _MANY = 2**17              # weights from which on a layer gains by it
-_ONE_AT_A_TIME = RLock()   # threads that write with the same model
+_ONE_AT_A_TIME = RLock()   # threads take turns, token by token
 
 @contextmanager
 def _at_rest(

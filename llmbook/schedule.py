@@ -8,25 +8,11 @@ __all__ = ['WarmupCosine']
 # %% ../nbs/13_schedule.ipynb #4875ab71
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 from .core import check_count
+from .generate import _check_number
 
 # %% ../nbs/13_schedule.ipynb #1eb8e01a
-def _check_rate(
-    name: str, # of the argument, for the message
-    value: float, # what was given
-    low: float = 0.0, # the smallest that is allowed
-    high: float = math.inf, # the largest
-) -> None:
-    "Refuse what is no learning rate."
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} is not a number; give a float, "
-                        "such as 1e-3")
-    if not low <= value <= high or math.isinf(value): raise ValueError(
-        f"{name}={value} is not allowed; give a finite number from {low:g}"
-        + (f" to {high:g}, the learning_rate" if high < math.inf else ""))
-
 @dataclass(frozen=True)
 class WarmupCosine:
     "A learning rate that rises in a line, then falls like half a cosine."
@@ -36,15 +22,17 @@ class WarmupCosine:
     min_learning_rate: float = 0.0 # of the last step, and of any after it
 
     def __post_init__(self):
+        def keep(name, value): object.__setattr__(self, name, value)
         for name, least in (("max_steps", 1), ("warmup_steps", 0)):
-            count = check_count(name, getattr(self, name), least)
-            object.__setattr__(self, name, count)
-        _check_rate("learning_rate", self.learning_rate)
-        if self.learning_rate == 0: raise ValueError(
-            "learning_rate=0 learns nothing; give a number above 0, such as "
-            "1e-3")
-        _check_rate("min_learning_rate", self.min_learning_rate,
-                    high=self.learning_rate)
+            keep(name, check_count(name, getattr(self, name), least))
+        keep("learning_rate", _check_number(
+            "learning_rate", self.learning_rate, lambda x: 0 < x < math.inf,
+            "a number above 0, such as 1e-3"))
+        peak = self.learning_rate
+        keep("min_learning_rate", _check_number(
+            "min_learning_rate", self.min_learning_rate,
+            lambda x: 0 <= x <= peak,
+            f"a number from 0 to {peak:g}, the learning_rate"))
         if self.warmup_steps >= self.max_steps: raise ValueError(
             f"warmup_steps={self.warmup_steps} leaves no step of max_steps="
             f"{self.max_steps} for the decay; give {self.max_steps - 1} at "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,7 +259,7 @@ class Trainer:
         self,
         max_steps: int | None = None, # steps in all; None: of the config
         sample: Callable[[nn.Module], str] | None = None, # a text to show
-        checkpoints: object = None, # saves the trainer now and then
+        checkpoints: Any = None, # saves the trainer now and then
         report: Callable[[str], None] | None = print, # gets lines of text
         progress: bool | None = None, # a live line; None: if someone looks
     ) -> History: # all steps so far
