@@ -1004,9 +1004,12 @@ def test_another_model_of_the_same_shapes_is_refused(tmp_path):
 
 
 def test_the_best_is_found(tmp_path):
-    kept = Checkpoints(tmp_path/'runs', every=2, keep=3)
+    kept = Checkpoints(tmp_path/'runs', every=100, keep=1)
     assert kept.best is None
     trainer, _ = make(steps=9)
-    trainer.run(checkpoints=kept, report=None)
-    losses = {int(p.name[5:]): trainer.history.validation.get(int(p.name[5:]), math.inf) for p in kept.paths()}
-    assert kept.best == kept.folder/f'step-{min(losses, key=losses.get):08}'
+    for step, losses in ((2, {}), (4, {4: 1.0}), (6, {4: 1.0, 5: 0.5, 6: 2.0})):      # step 5 was better, and never saved
+        while trainer.step < step: trainer.update()
+        trainer.history.validation = losses
+        kept.save(trainer)
+        assert kept.best == (kept.folder/'step-00000004' if losses else None)
+    assert names(kept.folder) == ['step-00000004', 'step-00000006']

@@ -487,10 +487,10 @@ def test_each_row_by_itself():
 
 def test_top_p_at_its_borders():
     assert filter_top_p(torch.tensor([0., -1000]), 1).tolist() == [0, -1000]
-    for n in (4, 10, 4096):
-        for share in (2, 5):
-            kept = filter_top_p(torch.zeros(n), 1 / share) > -math.inf
-            assert kept.tolist() == [i * share < n for i in range(n)]      # the first of equals, and no more
+    for n in (4, 10, 49, 4096):
+        for k in {1, n // 3, n // 2, 4 * n // 5, n - 1}:
+            kept = filter_top_p(torch.zeros(n), k / n) > -math.inf
+            assert kept.tolist() == [i < k for i in range(n)]      # the first of equals, and no more, whatever sums are rounded to
 
 
 def test_a_cache_of_other_heads_is_refused():
