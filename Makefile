@@ -11,7 +11,7 @@ PY := $(BIN)/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test faults lab student serve pages bench clean
+.PHONY: help book test faults lab student serve pages bench model clean
 
 help:        ## this list
 	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
@@ -21,7 +21,8 @@ help:        ## this list
 	@echo "make lab     open the pages in JupyterLab (DIR=_build/student for the student edition)"
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
 	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
-	@echo "make bench   measure tokenizer, data and generation beside their peers, each in one run"
+	@echo "make bench   measure tokenizer, data, generation and pretraining beside their peers, each in one run"
+	@echo "make model   train the small model that the package ships, anew (about two minutes)"
 	@echo "make clean   remove what was built; .venv and the student edition stay"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
 
@@ -58,6 +59,10 @@ bench: $(READY)
 	$(PY) benchmarks/bpe.py
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/generate.py
+	$(PY) benchmarks/pretrain.py
+
+model: $(READY)
+	$(PY) -m tools.make_model
 
 clean:
 	$(PYTHON) -c "import shutil; from pathlib import Path; [shutil.rmtree(d, ignore_errors=True) for d in (*(p for p in Path('_build').glob('*') if p.name != 'student'), 'build', 'dist', 'llmbook.egg-info', '.pytest_cache', '.hypothesis')]"

@@ -241,10 +241,21 @@ def _check_tokenizer(
 # %% ../nbs/14_checkpoint.ipynb #ca927898
 _PATIENCE = 10      # seconds
 
+def _write_tensors(
+    folder: Path, # where to
+    trainer: Trainer, # left as it is
+) -> None:
+    "Write all that is a tensor."
+    save_file({name: v.detach().contiguous() for name, v
+               in _weights(trainer.model).items()},
+              folder / "model.safetensors")
+    save_file(_flatten(trainer), folder / "training.safetensors")
+
 def _write(
     target: Path, # the folder to be made
     trainer: Trainer, # left as it is
     tokenizer: BPETokenizer | None, # kept with it
+    write_tensors: Callable = _write_tensors, # into a folder
 ) -> None:
     "Write all of a training under another name, then rename it."
     _check_target(target)
@@ -254,10 +265,7 @@ def _write(
     try:
         part.mkdir()
         (part / "checkpoint.json").write_bytes(text.encode())
-        save_file({name: v.detach().contiguous() for name, v
-                   in _weights(trainer.model).items()},
-                  part / "model.safetensors")
-        save_file(_flatten(trainer), part / "training.safetensors")
+        write_tensors(part, trainer)
         if tokenizer is not None: tokenizer.save(part / _TOKENIZER)
         (part / _SUMS).write_bytes(_checksums(part))
         for file in part.iterdir():       # safetensors makes private files
@@ -439,6 +447,16 @@ def _check_place(
                               "the same, or load with changed=True") from None
     return [(loader, place)]
 
+def _part(
+    whole: Tensor, # as it was saved
+    like: Tensor, # what it is for; may be spread over several processes
+) -> Tensor: # what this process keeps of it
+    "A tensor, laid out as another one is."
+    if not hasattr(like, "placements") or not whole.dim(): return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(like.device), like.device_mesh,
+                             like.placements, src_data_rank=None)
+
 def _optimizer_state(
     path: Path, # where it comes from
     rest: dict[str, Tensor], # from `_flatten`
@@ -450,15 +468,15 @@ def _optimizer_state(
     own, names = trainer.optimizer.state_dict(), _optimized(trainer)
     sizes = [[len(g["params"]) for g in gs] for gs in
              (own["param_groups"], groups)]
-    shapes = {n: t.shape for n, t in _weights(trainer.model).items()}
-    state = {}
+    here, state = _weights(trainer.model), {}
     for key, value in rest.items():
         if not key.startswith("optimizer."): continue
         _, kind, name = key.split(".", 2)
-        if name not in names or value.dim() and value.shape != shapes[name]:
+        if (name not in names
+                or value.dim() and value.shape != here[name].shape):
             sizes[1] = None
-        else:
-            state.setdefault(names.index(name), {})[kind] = value.clone()
+        else: state.setdefault(names.index(name), {})[kind] = _part(
+            value, here[name]).clone()
     if sizes[0] != sizes[1]: raise CheckpointError(
         f"{path} has the state of an optimiser with other parameters; freeze "
         "the same ones")
@@ -497,7 +515,8 @@ def load_checkpoint(
               _check_place(path, name, fields[name], getattr(trainer, name),
                            changed)]
     with torch.no_grad():                    # from here on nothing is refused
-        for name, value in there.items(): here[name].copy_(value)
+        for name, value in there.items():
+            here[name].copy_(_part(value, here[name]))
     trainer.optimizer.load_state_dict(state)
     trainer.optimizer.zero_grad()
     for loader, place in places: loader.load_state_dict(place)
@@ -525,6 +544,9 @@ def _superfluous(
 # %% ../nbs/14_checkpoint.ipynb #54404784
 class Checkpoints:
     "The checkpoints of one training: the last few, and the best."
+    how_to_resume = ("run() goes on from here, and in a new process resume() "
+                     "and run() do")
+
     def __init__(
         self,
         folder: str | os.PathLike, # where they are kept; made if missing
@@ -604,21 +626,27 @@ class Checkpoints:
                 "go on from it, call resume(trainer) before run(); for a new "
                 "training, take another folder, or delete this one")
 
-    def save(
-        self,
-        trainer: Trainer, # left as it is
-    ) -> None:
-        "Save, and delete what is neither among the last nor the best."
+    def _check_finite(self, trainer: Trainer) -> None:
+        "Refuse weights that are no numbers any more."
         bad = [name for name, value in _weights(trainer.model).items()
                if not value.isfinite().all()]
         if bad: raise FloatingPointError(
             f"step {trainer.step}: {bad[0]} holds numbers that are not "
             f"finite, so it was not saved; the last good checkpoint is "
             f"{self.last}")
+
+    def save(
+        self,
+        trainer: Trainer, # left as it is
+        write_tensors: Callable = _write_tensors, # into a folder
+    ) -> None:
+        "Save, and delete what is neither among the last nor the best."
+        self._check_finite(trainer)
         held = self._lock.is_locked               # and checked, by `hold`
         with self._locked():
             if not held: self._check_past(trainer)
-            _write(self._path(trainer.step), trainer, self.tokenizer)
+            _write(self._path(trainer.step), trainer, self.tokenizer,
+                   write_tensors)
             self._saved = trainer.step
             steps = [int(path.name[5:]) for path in self.paths()]
             for step in _superfluous(steps, trainer.history.validation,

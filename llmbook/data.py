@@ -139,6 +139,7 @@ class BatchOrder(Sampler):
         self.n, self.batch_size, self.shuffle = n, batch_size, shuffle
         self.drop_last, self.seed = drop_last, seed
         self.epoch, self.start = 0, 0    # where the next pass begins
+        self.part = slice(None)          # of each batch; here, all of it
 
     def __len__(self): # batches in an epoch
         if self.drop_last: return self.n // self.batch_size
@@ -152,6 +153,7 @@ class BatchOrder(Sampler):
                  if self.shuffle else range(self.n))
         for k in range(self.start, len(self)):
             batch = order[k * self.batch_size:(k + 1) * self.batch_size]
+            batch = batch[self.part]
             yield batch.tolist() if self.shuffle else list(batch)
 
 # %% ../nbs/04_windows.ipynb #e915551e

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -131,18 +132,20 @@ class History:
 def accumulate_gradients(
     model: nn.Module, # ids (B, T) -> logits (B, T, V); its gradients grow
     batches: Sequence[tuple[Tensor, Tensor]], # inputs, targets (B, T) int64
+    loss: Callable | None = None, # of inputs, targets; None: `model_loss`
 ) -> float: # nats per token, over all batches
     "Forward and backward for several batches, as if they were one."
+    loss = loss or partial(model_loss, model)
     device = next(model.parameters()).device
     n = sum(targets.numel() for _, targets in batches)
     if not n: raise ValueError("batches holds no tokens; give one batch at "
                                "least")
     total = 0.0
     for inputs, targets in batches:
-        loss = model_loss(model, inputs.to(device), targets.to(device))
-        loss = loss * (targets.numel() / n)
-        loss.backward()
-        total += loss.item()
+        part = loss(inputs.to(device), targets.to(device))
+        part = part * (targets.numel() / n)
+        part.backward()
+        total += part.item()
     return total
 
 # %% ../nbs/12_train.ipynb #e791e7c0
@@ -167,7 +170,7 @@ def _live_line(
     step: int, # that are done
     progress: bool | None, # show it; None: in a terminal or a notebook
 ) -> tqdm: # a line that is gone when it is over
-    "A line with steps, time left and loss, for whoever looks."
+    "A line with steps, time left, loss and speed, for whoever looks."
     if progress is None:
         notebook = type(sys.stderr).__module__.startswith("ipykernel")
         progress = notebook or getattr(sys.stderr, "isatty", bool)()
@@ -188,7 +191,7 @@ class Trainer:
         schedule: Callable[[int], float] | None = None, # step to rate
     ):
         self.model, self.loader, self.config = model, loader, config
-        self.validation = validation
+        self.validation, self.loss = validation, partial(model_loss, model)
         self.schedule = schedule or (lambda step: config.learning_rate)
         self.optimizer = make_optimizer(model, config.learning_rate,
                                         config.weight_decay, config.betas)
@@ -218,6 +221,19 @@ class Trainer:
             group = next(self._groups)
         return group
 
+    def gradients(
+        self,
+        batches: Sequence[tuple[Tensor, Tensor]], # of a step
+    ) -> tuple[float, int]: # nats per token; the tokens
+        "Forward and backward, for all batches of a step."
+        loss = accumulate_gradients(self.model, batches, self.loss)
+        return loss, sum(targets.numel() for _, targets in batches)
+
+    def clip(self) -> float: # the norm it had
+        "Shorten a gradient that is too long."
+        return nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.grad_clip or math.inf).item()
+
     def update(self) -> float: # nats per token, before the step
         "One step: read, forward, loss, backward, look, step, forget."
         self.model.train()
@@ -225,10 +241,8 @@ class Trainer:
         for group in self.optimizer.param_groups: group["lr"] = rate
         batches = self._next_group()
         try:
-            loss = accumulate_gradients(self.model, batches)
-            norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(),
-                self.config.grad_clip or math.inf).item()
+            loss, n = self.gradients(batches)
+            norm = self.clip()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"step {self.step}: the loss is {loss} and the "
@@ -239,8 +253,7 @@ class Trainer:
         finally: self.optimizer.zero_grad()
         h = self.history
         h.losses.append(loss)
-        h.tokens.append((h.tokens or [0])[-1]
-                        + sum(targets.numel() for _, targets in batches))
+        h.tokens.append((h.tokens or [0])[-1] + n)
         h.rates.append(rate)
         h.norms.append(norm)
         return loss
@@ -254,6 +267,13 @@ class Trainer:
                              self.config.evaluate_batches)
         self.history.validation[self.step] = loss
         return loss
+
+    def stops(
+        self,
+        asked: bool, # Ctrl-C was pressed
+    ) -> bool: # end before the next step
+        "Whether to stop; where several work on it, all must say the same."
+        return asked
 
     def run(
         self,
@@ -273,14 +293,18 @@ class Trainer:
         with held, _finish_the_step() as pressed, _live_line(
                 end, self.step, progress) as line:
             if not self.step: self._look(tell, sample)
-            while self.step < end and not pressed:
+            before = (self.history.tokens or [0])[-1]
+            while self.step < end and not self.stops(bool(pressed)):
                 try: loss = self.update()
                 except FloatingPointError as error:
                     if checkpoints is None: raise
                     raise FloatingPointError(
                         f"{error}; the last good checkpoint is "
                         f"{checkpoints.last}") from None
-                line.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                read = self.history.tokens[-1] - before
+                speed = read / max(line.format_dict["elapsed"], 1e-9)
+                line.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s",
+                                     refresh=False)
                 line.update()
                 if (self.step % self.config.evaluate_every == 0
                         or self.step == self.config.max_steps
@@ -290,9 +314,10 @@ class Trainer:
             if checkpoints is not None: checkpoints.end(self)
             if self.step < end: tell(
                 f"stopped after step {self.step} of {end}"
-                + ("; run() goes on from here" if checkpoints is None else
-                   f", saved as {checkpoints.last}; run() goes on from here, "
-                   "and in a new process resume() and run() do"))
+                + ("" if checkpoints is None else
+                   f", saved as {checkpoints.last}") + "; "
+                + getattr(checkpoints, "how_to_resume",
+                          "run() goes on from here"))
         return self.history
 
     def _look(
