@@ -292,7 +292,7 @@ def _tokenizer_of(
 ) -> BPETokenizer: # with the same fingerprint
     "Find the tokenizer of an id file: as named, beside it, or GPT-2's."
     beside = file.path.with_name(file.path.name + ".tokenizer.json")
-    asked = name != PretrainConfig.tokenizer
+    asked = name not in (PretrainConfig.tokenizer, str(file.vocab_size))
     if asked and name.isdecimal(): raise ValueError(
         f"{file.path} was made with a tokenizer of {file.vocab_size} ids; "
         f"leave tokenizer={name} out, or name the file of that tokenizer")
@@ -300,9 +300,10 @@ def _tokenizer_of(
              BPETokenizer.load(beside) if beside.is_file() else
              gpt2_tokenizer() if file.vocab_size == 50_257 else
              BPETokenizer([]))
+    tried = name if asked else beside.name if beside.is_file() else "here"
     if fingerprint(known) != file.tokenizer: raise ValueError(
         f"{file.path} was made with a tokenizer of {file.vocab_size} ids that "
-        f"is not {name if asked else 'here'}; name its file with --tokenizer")
+        f"is not {tried}; name its file with --tokenizer")
     return known
 
 # %% ../nbs/16_pretrain.ipynb #116323e4

@@ -682,7 +682,9 @@ def test_ids_go_into_a_training(home, there, tmp_path):
     file.verify()
     assert file.documents == 3 and tokenizer.vocab_size == 280
     assert tokenizer.decode(file.ids.tolist()) == ''.join((home/name).read_text(encoding='utf-8') + END_OF_TEXT for name in ('texts/a.txt', 'texts/deep/b.txt', 'other.txt'))
-    assert there('pretrain', out, *FLAGS, '--out', tmp_path/'run')[0] == 0
+    code, _, err = there('pretrain', out, *FLAGS, '--tokenizer', '300', '--out', tmp_path/'run')
+    assert code == 2 and 'was made with a tokenizer of 280 ids; leave tokenizer=300 out' in err and not (tmp_path/'run').exists()
+    assert there('pretrain', out, *FLAGS, '--tokenizer', '280', '--out', tmp_path/'run')[0] == 0
     assert Run(tmp_path/'run').tokenizer.vocab_size == 280 and not (tmp_path/'run'/'text.ids').exists()
     assert there('evaluate', tmp_path/'run', out)[0] == 0
     code, _, err = there('tokenize', 'other.txt', '--tokenizer', 'bytes', '--out', out)
