@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import tyro
 from tyro.conf import (FlagCreatePairsOff, Positional,
-                       PositionalMetavarFromFieldName, arg)
+                       PositionalMetavarFromFieldName)
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 # %% ../nbs/F_commands.ipynb #6a1bb217
@@ -443,13 +443,10 @@ class Info:
         return 0
 
 # %% ../nbs/F_commands.ipynb #0e8dcc68
-_Texts = Annotated[Positional[tuple[str, ...]], arg(
-    metavar="FILES", help_behavior_hint="(required)")]
-
 @dataclass(frozen=True)
 class Tokenize:
     "Turn texts into a file of token ids, with the tokenizer beside it."
-    files: _Texts # texts, and folders with .txt files
+    files: Positional[tuple[str, ...]] # texts, folders with .txt; one at least
     out: str = "text.ids" # file to write
     tokenizer: str = "gpt2" # gpt2, bytes, a number of ids to learn, or a file
     workers: int | None = None # processes; None: as many as help
