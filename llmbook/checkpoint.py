@@ -507,9 +507,9 @@ def load_checkpoint(
     there = load_file(path / "model.safetensors")
     rest, here = load_file(path / "training.safetensors"), _weights(
         trainer.model)
-    _check_weights(path, there, here)
     history = _history(rest)
     _check_settings(path, fields, trainer, history.rates, changed)
+    _check_weights(path, there, here)
     state = _optimizer_state(path, rest, fields["optimizer"], trainer, changed)
     places = [pair for name in ("loader", "validation") for pair in
               _check_place(path, name, fields[name], getattr(trainer, name),
