@@ -1,5 +1,5 @@
 """Teach nbval to read nbdev's notebooks and to compare with `tools.compare`; count the cells of every page."""
-import atexit, json, os, re, shutil, tempfile, time
+import atexit, json, os, re, shutil, subprocess, sys, tempfile, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from queue import Empty
@@ -32,6 +32,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "The package as pip would install it."
+    home = tmp_path_factory.mktemp('source')
+    shutil.copytree(ROOT, home/'llmbook', ignore=shutil.ignore_patterns('.git', '.venv', '_build', 'build', '*.egg-info', '_vendor', '__pycache__'))
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', home, home/'llmbook'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(home.glob('*.whl'))
 
 
 def setup(self, setup=plugin.IPyNbCell.setup):

@@ -65,12 +65,11 @@ def peer():
 
 def renamed(model) -> dict:
     "Our weights under GPT-2's names; its matrices stand the other way."
-    names = {'token_embedding': 'wte', 'position_embedding': 'wpe', 'final_norm': 'ln_f', 'blocks': 'h', 'attention_norm': 'ln_1', 'feed_forward_norm': 'ln_2',
-             'feed_forward': 'mlp', 'attention': 'attn', 'qkv': 'c_attn', 'expand': 'c_fc', 'projection': 'c_proj', 'contract': 'c_proj'}
+    from llmbook.gpt import GPT2_NAMES
     out = {}
     for name, p in model.state_dict().items():
         if name == 'lm_head.weight': continue
-        key = 'transformer.' + '.'.join(names.get(part, part) for part in name.split('.'))
+        key = 'transformer.' + '.'.join(GPT2_NAMES.get(part, part) for part in name.split('.'))
         out[key] = p.T.contiguous() if p.dim() == 2 and 'embedding' not in name else p
     return out
 

@@ -2,11 +2,12 @@
 
     python benchmarks/pretrain.py [--seeds 3] [--write]
 
-All contenders are GPTs of 4 layers, 4 heads and width 128 with a context of 64, trained by this package; the first has the setting that nanoGPT's README gives for a laptop (characters, batch 12, 2,000 steps, rate
-1e-3 falling to 1e-4, no biases, windows drawn anywhere). The loss is over the whole last tenth of the text, in nats per
-byte (the text is ASCII, so per character). Seconds are those of making the tokens and of all steps with two threads, at the
-median pace of turns that the contenders take one after the other. `--write` keeps the table as
-`llmbook/assets/shakespeare-model/recipe.json`, from which page 16 draws it.
+All contenders are GPTs of 4 layers, 4 heads and width 128 with a context of 64, trained by this package; the first has the
+setting that nanoGPT's README gives for a laptop (characters, batch 12, 2,000 steps, rate 1e-3 falling to 1e-4, no biases,
+windows drawn anywhere). The loss is over the whole last tenth of the text, in nats per byte (the text is ASCII, so per
+character). Seconds are those of making the tokens and of all steps with two threads, at the median pace of turns that the
+contenders take one after the other. `--write` keeps the table as `llmbook/assets/shakespeare-model/recipe.json`, from which
+page 16 draws it.
 """
 import argparse, json, os, platform, statistics, time
 from concurrent.futures import ProcessPoolExecutor

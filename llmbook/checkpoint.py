@@ -546,6 +546,8 @@ class Checkpoints:
     "The checkpoints of one training: the last few, and the best."
     how_to_resume = ("run() goes on from here, and in a new process resume() "
                      "and run() do")
+    _rescue = ("this program runs: make room and call save(trainer) again, or "
+               "save_checkpoint('another/place', trainer)")
 
     def __init__(
         self,
@@ -675,8 +677,7 @@ class Checkpoints:
         try: self.save(trainer)
         except OSError as error: raise OSError(
             f"step {trainer.step} is not saved ({error}). It is not lost "
-            "while this program runs: make room and call save(trainer) again,"
-            " or save_checkpoint('another/place', trainer)") from error
+            f"while {self._rescue}") from error
 
     def resume(
         self,

@@ -392,6 +392,10 @@ def _write_joined(
 
 class DistributedCheckpoints(Checkpoints):
     "Checkpoints of several processes, in the form that one would write."
+    _rescue = ("these programs run: make room and let all processes call "
+               "save(trainer) again, or take DistributedCheckpoints(world, "
+               "'another/place')")
+
     def __init__(
         self,
         world: World, # from `join_world`
@@ -437,19 +441,6 @@ class DistributedCheckpoints(Checkpoints):
             write = partial(_write_joined, shards)
         self.world.first(lambda: save(trainer, write))
         self._saved = trainer.step
-
-    def end(
-        self,
-        trainer: DistributedTrainer, # makes no more steps for now
-    ) -> None:
-        "Save the last step, or say how all can save it after all."
-        if self._saved == trainer.step: return
-        try: self.save(trainer)
-        except OSError as error: raise OSError(
-            f"step {trainer.step} is not saved ({error}). It is not lost "
-            "while these programs run: make room and let all processes call "
-            "save(trainer) again, or take DistributedCheckpoints(world, "
-            "'another/place')") from error
 
     def resume(
         self,

@@ -9,7 +9,6 @@ __all__ = ['PretrainConfig', 'read_config', 'write_config', 'cut_by_bytes', 'mak
 
 # %% ../nbs/16_pretrain.ipynb #25625c6b
 import json
-import math
 import os
 import platform
 import re
@@ -45,7 +44,7 @@ from .data import (TokenDataset, TokenFile, _as_row, find_texts,
 from .distributed import (DistributedCheckpoints, DistributedTrainer,
                                  World, join_world)
 from .generate import _check_number, generate
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPT2_NAMES, GPTConfig
 from .loss import bits_per_byte, evaluate_loss, perplexity
 from .schedule import WarmupCosine
 from .train import History, TrainConfig, Trainer
@@ -919,13 +918,6 @@ def save_model(
     _write_text(folder / "config.json",
                 json.dumps(asdict(model.config), indent=1))
 
-_GPT2_NAMES = {
-    "token_embedding": "wte", "position_embedding": "wpe",
-    "final_norm": "ln_f", "blocks": "h", "attention_norm": "ln_1",
-    "feed_forward_norm": "ln_2", "feed_forward": "mlp", "expand": "c_fc",
-    "contract": "c_proj", "attention": "attn", "qkv": "c_attn",
-    "projection": "c_proj"}
-
 def _from_gpt2(
     weights: Mapping[str, Tensor], # as published
     names: Iterable[str], # of parameters, ours
@@ -935,7 +927,7 @@ def _from_gpt2(
               for key, value in weights.items()}
     ours = {}
     for name in names:
-        key = ".".join(_GPT2_NAMES.get(p, p) for p in name.split("."))
+        key = ".".join(GPT2_NAMES.get(p, p) for p in name.split("."))
         if key not in theirs: continue
         turned = ".c_" in key and theirs[key].dim() == 2
         ours[name] = theirs[key].T if turned else theirs[key]

@@ -1,17 +1,17 @@
 """What tests/test_distributed.py starts with torchrun: `distributed_run.py FOLDER SCENARIO …`. Each process writes what it has seen to FOLDER/SCENARIO-RANK.json."""
-import json, os, pickle, shutil, signal, sys, time
+import json, os, shutil, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from llmbook.checkpoint import CheckpointError, Checkpoints, _flatten, _weights
+from llmbook.checkpoint import CheckpointError, _weights
 from llmbook.core import load_text, set_seed
 from llmbook.data import make_dataloader
 from llmbook.distributed import DistributedCheckpoints, DistributedTrainer, join_world, share_batches
 from llmbook.gpt import GPT, GPTConfig
 from llmbook.schedule import WarmupCosine
-from llmbook.train import TrainConfig, Trainer
+from llmbook.train import TrainConfig
 from torch import nn
 
 STEPS, STOP = 13, 5

@@ -15,7 +15,7 @@ from llmbook.data import TokenFile
 from llmbook.generate import stream
 from llmbook.gpt import GPT, GPTConfig
 from llmbook.pretrain import PretrainConfig, Run, load_pretrained, save_model, score
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
@@ -717,11 +717,8 @@ def test_check_and_exercises_are_as_before(there, capsys, tmp_path):
 # ---- as a new user would
 
 @posix
-def test_an_installed_wheel_trains_stops_goes_on_and_writes(tmp_path):
-    shutil.copytree(ROOT, tmp_path/'source', ignore=shutil.ignore_patterns('.git', '.venv', '_build', 'build', '*.egg-info', '_vendor', '__pycache__', 'nbs', 'tests'))
+def test_an_installed_wheel_trains_stops_goes_on_and_writes(wheel, tmp_path):
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path, tmp_path/'source'], check=True, capture_output=True)
-    [wheel] = tmp_path.glob('*.whl')
     venv.create(tmp_path/'venv')
     python = tmp_path/'venv'/'bin'/'python'
     subprocess.run([*pip, '--python', python, 'install', '--no-deps', '--no-compile', wheel], check=True, capture_output=True)

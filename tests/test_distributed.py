@@ -1,5 +1,5 @@
 "One, two and four processes do the same; whatever fails in one fails in all; who is killed goes on. Few starts of torchrun, with many scenarios each (tests/distributed_run.py)."
-import json, os, re, shutil, signal, socket, subprocess, sys, time
+import json, os, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,9 +8,9 @@ import torch
 from distributed_run import STEPS, STOP, parts
 from hypothesis import given, settings, strategies as st
 from llmbook import distributed as module
-from llmbook.checkpoint import Checkpoints, load_checkpoint, load_model, read_checkpoint
+from llmbook.checkpoint import Checkpoints, load_model, read_checkpoint
 from llmbook.data import make_dataloader
-from llmbook.distributed import DistributedCheckpoints, DistributedTrainer, World, join_world, share_batches
+from llmbook.distributed import World, join_world, share_batches
 from llmbook.train import Trainer
 from safetensors.torch import load_file
 
@@ -281,7 +281,7 @@ def test_a_port_in_use_and_a_world_that_never_meets():
 
 def test_the_world_ends_after_an_error():
     with environment(free_port()), pytest.raises(KeyError):
-        with join_world('cpu') as world: raise KeyError
+        with join_world('cpu'): raise KeyError
     assert not torch.distributed.is_initialized()
 
 

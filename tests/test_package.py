@@ -1,5 +1,5 @@
 "The wheel holds what the package needs, installs into an empty environment, and importing it costs nothing."
-import hashlib, shutil, subprocess, sys, venv, zipfile
+import hashlib, subprocess, sys, venv, zipfile
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,6 @@ ASSETS = {      # sha256 of what the package ships
 
 
 def run(python, code): return subprocess.run([python, '-c', code], capture_output=True, text=True, cwd=Path(python).parent)
-
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    home = tmp_path_factory.mktemp('source')
-    shutil.copytree(ROOT, home/'llmbook', ignore=shutil.ignore_patterns('.git', '.venv', '_build', 'build', '*.egg-info', '_vendor', '__pycache__'))
-    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', home, home/'llmbook'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return next(home.glob('*.whl'))
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):

@@ -79,7 +79,7 @@ EXPORTS = {      # what later pages and users rely on
     'attention': 'softmax causal_mask scaled_dot_product_attention SelfAttention CausalSelfAttention',
     'multihead': 'MultiHeadAttention',
     'transformer': 'LayerNorm GELU FeedForward TransformerBlock',
-    'gpt': 'GPTConfig GPT2_SIZES GPT',
+    'gpt': 'GPTConfig GPT2_SIZES GPT GPT2_NAMES',
     'generate': 'apply_temperature filter_top_k filter_top_p next_probabilities draw KVCache stream_batch generate_batch stream generate Int8Linear quantize_int8',
     'loss': 'next_token_loss perplexity bits_per_byte linear_cross_entropy model_loss evaluate_loss',
     'train': 'make_optimizer TrainConfig History accumulate_gradients Trainer longest_copy',
