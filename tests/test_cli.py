@@ -13,7 +13,7 @@ from llmbook.cli import COMMANDS, Doctor, Evaluate, Generate, Info, Resume, Toke
 from llmbook.core import load_text
 from llmbook.data import TokenFile
 from llmbook.generate import stream
-from llmbook.gpt import GPT, GPTConfig
+from llmbook.gpt import GPT, GPT2_NAMES, GPTConfig
 from llmbook.pretrain import PretrainConfig, Run, load_pretrained, save_model, score
 from safetensors.torch import save_file
 
@@ -466,7 +466,7 @@ def test_a_reader_that_goes_is_no_error(argv, tmp_path):
 def published(folder, model):
     "Lay a model down as GPT-2 is published."
     folder.mkdir()
-    c, names = model.config, pretrain_module._GPT2_NAMES
+    c, names = model.config, GPT2_NAMES
     weights = {}
     for name, value in model.named_parameters():
         key = '.'.join(names.get(part, part) for part in name.split('.'))

@@ -168,7 +168,7 @@ def test_shares_of_any_size(n, batch_size, size, shuffle, drop_last, start):
 
 # ---- a step
 
-def test_they_talk_once_a_step(two): assert two['silence'] == [[1, 1]] * 2
+def test_they_talk_once_a_step_and_ask_the_loss_of_the_trainer(two): assert two['silence'] == [[1, 1, 5]] * 2
 
 
 def test_dropout_differs_between_processes_and_repeats(two):

@@ -813,9 +813,8 @@ def test_the_kept_model_is_small_and_as_good_as_it_says():
 
 @posix
 def test_two_processes_train_as_one(whole):
-    config = tiny(dropout=0.0, sample_tokens=3, precision='bfloat16', out='two')
-    write_config('c.toml', config)
-    one, exact = (pretrain(replace(config, out=p, precision=p), report=None) for p in ('bfloat16', 'float32'))
+    write_config('c.toml', tiny(dropout=0.0, sample_tokens=3, out='two'))
+    one = pretrain(tiny(dropout=0.0, out='one'), report=None)
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'llmbook', 'pretrain', '--config', 'c.toml'],
                           env=env, capture_output=True, text=True, timeout=120)
@@ -825,8 +824,6 @@ def test_two_processes_train_as_one(whole):
     for a, b in zip(one.metrics(), two.metrics(), strict=True):
         assert a.keys() == b.keys() and a['step'] == b['step'] and a['tokens'] == b['tokens']
         for name in a.keys() & {'loss', 'validation', 'gradient_norm'}: assert math.isclose(a[name], b[name], rel_tol=1e-4), (a, b)
-    def apart(run): return max(abs(a['loss'] - b['loss']) for a, b in zip(one.metrics()[1:], run.metrics()[1:]))
-    assert 10*apart(two) < apart(exact)                  # they too round to 16 bits
     assert Path('two/report.html').exists()
     assert resume('two', report=None, max_steps=14).finished                 # and one goes on alone
 
