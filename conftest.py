@@ -1,5 +1,5 @@
 """Teach nbval to read nbdev's notebooks and to compare with `tools.compare`; count the cells of every page."""
-import atexit, json, os, re, shutil, subprocess, sys, tempfile, time
+import atexit, json, os, platform, re, shutil, subprocess, sys, tempfile, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from queue import Empty
@@ -11,7 +11,8 @@ from nbval.kernel import RunningKernel
 from tools.compare import Mismatch, compare_outputs, read_tags
 
 ROOT = Path(__file__).parent
-LEDGER = ROOT/'tests'/'ledger.json'
+START = time.time()
+LEDGER, NOTES = ROOT/'tests'/'ledger.json', ROOT/'_build'/'provenance.json'
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ['TQDM_DISABLE'] = '1'     # live lines are for those who look
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='llmbook-')     # the cells stay out of the reader's own history
@@ -106,14 +107,21 @@ class Ledger(pytest.Item):
     def reportinfo(self): return self.path, 0, f'{self.path.name}::ledger'
 
 
+def pytest_collection_modifyitems(items):
+    "The files that take minutes for a few tests begin, so that no process waits for another in the end."
+    long = 'tests/test_platforms.py', 'tests/test_source.py'
+    items.sort(key=lambda item: next((k for k, name in enumerate(long) if item.nodeid.startswith(name)), len(long)))
+
+
 def pytest_terminal_summary(terminalreporter):
     "Two tables: how many cells of each page were compared, and how; how many exercises were proved, and against what."
-    pages, proved = defaultdict(Counter), Counter()
+    pages, proved, seconds = defaultdict(Counter), Counter(), Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, 'when', None) not in ('call', 'setup'): continue
             for page, bucket in dict.fromkeys(tuple(v) for k, v in report.user_properties if k == 'page'):
                 pages[page][bucket] += 1
+                seconds[page] += report.duration
             if report.passed: proved.update({k: v for k, v in report.user_properties if k in PROVED})
     if pages:
         terminalreporter.section('cells of every page')
@@ -126,3 +134,14 @@ def pytest_terminal_summary(terminalreporter):
     if proved:
         terminalreporter.section('exercises')
         terminalreporter.write_line(', '.join(f'{proved[what]} {what}' for what in PROVED))
+    if set(pages) >= set(json.loads(LEDGER.read_text(encoding='utf-8'))) and proved: note(terminalreporter, pages, seconds)
+
+
+def note(terminalreporter, pages, seconds):
+    "Leave what a whole run has found for the page that tells how the book was made."
+    count = lambda kind: len(terminalreporter.stats.get(kind, ()))
+    notes = {'machine': f'{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores',
+             'seconds': time.time() - START, 'passed': count('passed'), 'failed': count('failed'),
+             'pages': {page: {**counts, 'seconds': seconds[page]} for page, counts in sorted(pages.items())}}
+    NOTES.parent.mkdir(exist_ok=True)
+    NOTES.write_text(json.dumps(notes, indent=1) + '\n', encoding='utf-8')

@@ -53,25 +53,15 @@ def int8():
 def peer():
     "transformers' GPT-2 with the same weights."
     import torch
+    from llmbook.open_weights import _published
     from transformers import GPT2Config, GPT2LMHeadModel
     model, ids = ours()
     theirs = GPT2LMHeadModel(GPT2Config()).eval()
-    theirs.load_state_dict(renamed(model), strict=False)
+    theirs.load_state_dict(_published(model), strict=False)
     theirs.tie_weights()
     ids = torch.tensor([ids])
     return lambda new: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                                        use_cache=True, pad_token_id=50_256)[0].tolist(), sum(p.nbytes for p in theirs.parameters())
-
-
-def renamed(model) -> dict:
-    "Our weights under GPT-2's names; its matrices stand the other way."
-    from llmbook.gpt import GPT2_NAMES
-    out = {}
-    for name, p in model.state_dict().items():
-        if name == 'lm_head.weight': continue
-        key = 'transformer.' + '.'.join(GPT2_NAMES.get(part, part) for part in name.split('.'))
-        out[key] = p.T.contiguous() if p.dim() == 2 and 'embedding' not in name else p
-    return out
 
 
 CONTENDERS = {'transformers, cache': peer, 'ours, cache': cached, 'ours, cache, plain products': plain, 'ours, no cache': uncached, 'ours, cache, int8': int8}

@@ -80,6 +80,7 @@ llmbook resume runs/shakespeare --max-steps 5000""",
 llmbook generate                      let the bundled model write
 llmbook generate runs/novel --prompt "It was" --seed 7
 llmbook generate runs/novel --temperature 0
+llmbook generate --weights gpt2 --prompt "It was a bright cold day"
 llmbook generate runs/novel --prompt - < beginning.txt""",
     "evaluate": """\
 llmbook evaluate runs/novel           on the text that the run held back
@@ -207,6 +208,7 @@ def _harmless(
 class Generate:
     "Let a model write, token by token."
     model: Positional[str] = "shakespeare" # run, checkpoint, or model folder
+    weights: str | None = None # instead of a model: gpt2, gpt2-medium …
     prompt: str = "\n" # text to go on from (--prompt=-x for -x); -: piped in
     max_new_tokens: int = 200 # tokens to write; fewer if the text ends before
     temperature: float = 0.8 # 0: always the likeliest token; 1: as guessed
@@ -219,8 +221,11 @@ class Generate:
         "Print the prompt, and what the model makes of it."
         from llmbook.bpe import END_OF_TEXT
         from llmbook.generate import quantize_int8, stream
-        from llmbook.pretrain import load_pretrained
-        model, tokenizer = load_pretrained(self.model)
+        from llmbook.open_weights import open_model
+        if self.weights and self.model != "shakespeare": raise ValueError(
+            f"{self.model} and --weights {self.weights} are two models; give "
+            "one of them")
+        model, tokenizer = open_model(self.weights or self.model)
         if self.int8: model = quantize_int8(model)
         prompt = _prompt_text(self.prompt)
         ids = _prompt_ids(tokenizer, prompt)
@@ -249,11 +254,12 @@ def _held_back(
     from tempfile import TemporaryDirectory
     import torch
     from llmbook.data import tokenize_files
-    from llmbook.pretrain import Run, cut_by_bytes, load_pretrained
+    from llmbook.open_weights import open_model
+    from llmbook.pretrain import Run, cut_by_bytes
     if Path(model, "config.toml").exists(): return Run(model).parts()[1]
     if model != "shakespeare" or Path(model).exists(): raise ValueError(
         f"{model} is not a run, so it held no text back; name a text")
-    tokenizer = load_pretrained(model)[1]
+    tokenizer = open_model(model)[1]
     asset = files("llmbook") / "assets" / "shakespeare.txt"
     with TemporaryDirectory() as folder, as_file(asset) as text:
         ids = tokenize_files(text, Path(folder, "ids"), tokenizer, 0)
@@ -283,7 +289,7 @@ def _ids_of(
 @dataclass(frozen=True)
 class Evaluate:
     "How well a model guesses a text: loss, perplexity, bits per byte."
-    model: Positional[str] = "shakespeare" # run, checkpoint, or model folder
+    model: Positional[str] = "shakespeare" # run, folder of a model, or gpt2
     text: Positional[tuple[str, ...]] = () # files; none: what was held back
     json: FlagCreatePairsOff[bool] = False # one line for programs
 
@@ -291,8 +297,9 @@ class Evaluate:
         "Print the numbers, of all texts together."
         from llmbook.data import find_texts
         from llmbook.loss import bits_per_byte, perplexity
-        from llmbook.pretrain import load_pretrained, score
-        model, tokenizer = load_pretrained(self.model)
+        from llmbook.open_weights import open_model
+        from llmbook.pretrain import score
+        model, tokenizer = open_model(self.model)
         texts = (_ids_of(path, tokenizer) for path in find_texts(self.text)
                  ) if self.text else [_held_back(self.model)]
         parts = [score(model, tokenizer, ids, model.config.context_length)

@@ -44,7 +44,7 @@ from .data import (TokenDataset, TokenFile, _as_row, find_texts,
 from .distributed import (DistributedCheckpoints, DistributedTrainer,
                                  World, join_world)
 from .generate import _check_number, generate
-from .gpt import GPT, GPT2_NAMES, GPTConfig
+from .gpt import GPT, GPTConfig
 from .loss import bits_per_byte, evaluate_loss, perplexity
 from .schedule import WarmupCosine
 from .train import History, TrainConfig, Trainer
@@ -190,7 +190,7 @@ def _read_json(
 ) -> dict: # what is in it
     "Read JSON, or say which file is none."
     try: return json.loads(path.read_bytes())
-    except ValueError as error: raise ValueError(
+    except (ValueError, RecursionError) as error: raise ValueError(
         f"{path} is damaged: {error}") from None
 
 # %% ../nbs/16_pretrain.ipynb #d65063a6
@@ -918,21 +918,6 @@ def save_model(
     _write_text(folder / "config.json",
                 json.dumps(asdict(model.config), indent=1))
 
-def _from_gpt2(
-    weights: Mapping[str, Tensor], # as published
-    names: Iterable[str], # of parameters, ours
-) -> dict[str, Tensor]: # by our names; matrices the other way
-    "The weights of a GPT-2 in our order."
-    theirs = {key.removeprefix("transformer."): value
-              for key, value in weights.items()}
-    ours = {}
-    for name in names:
-        key = ".".join(GPT2_NAMES.get(p, p) for p in name.split("."))
-        if key not in theirs: continue
-        turned = ".c_" in key and theirs[key].dim() == 2
-        ours[name] = theirs[key].T if turned else theirs[key]
-    return ours
-
 def load_pretrained(
     path: str | os.PathLike = "shakespeare", # or a run, checkpoint or folder
 ) -> tuple[GPT, BPETokenizer]: # ready to write, on the CPU
@@ -952,27 +937,21 @@ def load_pretrained(
         f"{path} is no run, no checkpoint and no folder with a model "
         "(config.json and model.safetensors); give one, or 'shakespeare', "
         "the model that comes along")
-    c = _read_json(folder / "config.json")
-    try:
-        gpt2 = c.get("model_type") == "gpt2"
-        config = GPTConfig(**c) if not gpt2 else GPTConfig(
-            c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"],
-            c["n_embd"])
-    except (TypeError, KeyError, AttributeError): raise ValueError(
+    try: config = GPTConfig(**_read_json(folder / "config.json"))
+    except TypeError: raise ValueError(
         f"{folder / 'config.json'} is of another kind of model; a GPT of this "
-        "book and a published GPT-2 can be read") from None
+        "book can be read here, and llmbook.open_weights.open_model reads a "
+        "published GPT-2, too") from None
     with torch.random.fork_rng(devices=[]): model = GPT(config).eval()
     here = dict(model.named_parameters())
     try: weights = load_file(folder / "model.safetensors")
     except SafetensorError as error: raise ValueError(
         f"{folder / 'model.safetensors'} is damaged: {error}") from None
-    if gpt2: weights = _from_gpt2(weights, here)
     _check_weights(folder, weights, here, types=False)
     for name, value in weights.items(): here[name].data.copy_(value)
-    tokenizer = (gpt2_tokenizer() if gpt2 else
-                 BPETokenizer.load(folder / "tokenizer.json"))
+    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
     V = tokenizer.vocab_size
-    if not gpt2 and V != config.vocab_size: raise ValueError(
+    if V != config.vocab_size: raise ValueError(
         f"{folder}: the tokenizer has {V:,} ids, and the model "
         f"{config.vocab_size:,}")
     return model, tokenizer

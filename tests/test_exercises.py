@@ -98,8 +98,23 @@ def test_exercises_are_numbered_by_page(page):
     assert found == [f'{number}.{k + 1}' for k in range(len(found))] and 3 <= len(found) <= 5
 
 
+CHOICE = re.compile(r'<details><summary>(.+)</summary>\n\n(Yes|No)\. (.+)\n</details>')
+
+
+@by_page
+def test_a_quiz_explains_every_choice(page):
+    quiz, = (c.source for c in PAGES[page].cells if c.source.startswith('## Quiz'))
+    _, *questions = re.split(r'^\*\*\d\. ', quiz, flags=re.M)
+    assert 3 <= len(questions) <= 6 and quiz.count('<details>') == len(CHOICE.findall(quiz))
+    for question in questions:
+        verdicts = [verdict for _, verdict, _ in CHOICE.findall(question)]
+        assert 2 <= len(verdicts) <= 4 and verdicts.count('Yes') == 1, question
+        choices = [choice for choice, *_ in CHOICE.findall(question)]
+        assert len(set(choices)) == len(choices) and not any('`' in choice or '$' in choice for choice in choices), question
+
+
 def test_pages_that_teach_have_exercises():
-    assert [p for p in PAGES if re.match(r'\d', p.stem)] == WITH
+    assert [p for p in PAGES if re.match(r'\d|A_', p.stem)] == WITH
 
 
 def test_a_checker_that_accepts_too_much_is_found(monkeypatch):

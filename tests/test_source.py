@@ -71,6 +71,7 @@ def test_every_module_is_a_page():
 
 EXPORTS = {      # what later pages and users rely on
     'core': 'TEXTS load_text check_count set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
+    'budget': 'GPT_SIZES PEAK_FLOPS count_gpt_parameters training_flops forward_flops memory_bytes training_time training_cost',
     'words': 'SPLIT_PATTERN split_words Vocabulary WordTokenizer',
     'checking': 'Report Exercise exercise all_exercises find_exercise check check_file NotYet main',
     'data': 'TokenDataset TokenLoader make_dataloader split_ids TokenFile tokenize_files fingerprint',
@@ -87,6 +88,7 @@ EXPORTS = {      # what later pages and users rely on
     'checkpoint': 'save_checkpoint CheckpointError read_checkpoint load_checkpoint load_model Checkpoints',
     'distributed': 'World join_world share_batches DistributedTrainer DistributedCheckpoints',
     'pretrain': 'PretrainConfig read_config write_config make_tokenizer cut_by_bytes Run whole_text score start_run speed_up train_run write_sample pretrain resume write_report save_model load_pretrained',
+    'open_weights': 'GPT2_RELEASES Release gpt2_name read_gpt2_config find_gpt2 fetch_gpt2 load_gpt2 load_gpt2_tokenizer save_gpt2 open_model',
     'cli': 'COMMANDS Resume Generate Evaluate Info Tokenize Doctor main',
 }
 

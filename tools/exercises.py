@@ -108,8 +108,8 @@ def mark(nb) -> None:
 
 
 def export(page: Path, package: Path) -> None:
-    "Write the checkers of a page to a module of `package`, if it has any."
-    cells, name = [], None
+    "Write the checkers of a page to a module of `package`, if it has any; a page without a module of its own lends its name."
+    cells, name = [], page.stem.partition('_')[2]
     def find(cell):
         nonlocal name
         if 'default_exp' in cell.directives_: name = cell.directives_['default_exp'][0]
