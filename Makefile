@@ -11,10 +11,11 @@ PY := $(BIN)/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test faults lab student serve pages bench model clean
+.PHONY: help book pdf test faults lab student serve pages bench model clean
 
 help:        ## this list
 	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
+	@echo "make pdf     print the book into _build/llmbook.pdf (needs Chromium; takes minutes)"
 	@echo "make test    prove everything: export, clean, every page, every stored output, tests/"
 	@echo "make faults  kill trainings fifty times, resume each, and spoil checkpoints in thousands of ways (takes minutes)"
 	@echo "make serve   open the built book in a browser"
@@ -35,6 +36,9 @@ $(READY): constraints.txt pyproject.toml
 
 book: $(READY)
 	$(PY) -m tools.book
+
+pdf: book
+	$(PY) -m tools.pdf
 
 test: $(READY)
 	$(PY) -m pytest -n 2

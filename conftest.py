@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 START = time.time()
 LEDGER, NOTES = ROOT/'tests'/'ledger.json', ROOT/'_build'/'provenance.json'
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # two processes share the cores: a thread that has nothing to do shall not hold one
 os.environ['TQDM_DISABLE'] = '1'     # live lines are for those who look
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='llmbook-')     # the cells stay out of the reader's own history
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
@@ -109,7 +110,7 @@ class Ledger(pytest.Item):
 
 def pytest_collection_modifyitems(items):
     "The files that take minutes for a few tests begin, so that no process waits for another in the end."
-    long = 'tests/test_platforms.py', 'tests/test_source.py'
+    long = 'tests/test_platforms.py', 'tests/test_browser.py', 'tests/test_exercises.py', 'nbs/15_distributed.ipynb', 'nbs/13_schedule.ipynb', 'nbs/12_train.ipynb', 'tests/test_pretrain.py', 'tests/test_cli.py'
     items.sort(key=lambda item: next((k for k, name in enumerate(long) if item.nodeid.startswith(name)), len(long)))
 
 

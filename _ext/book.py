@@ -1,18 +1,31 @@
-"""What the book asks of Sphinx beyond Jupyter Book: page numbers, pictures that follow the theme, offline files, links to the source."""
-import os, re
+"""What the book asks of Sphinx beyond Jupyter Book: page numbers, pictures that follow the theme, offline files, links to the source, addresses."""
+import gc, importlib.metadata, os, re
+from configparser import ConfigParser
+from collections import Counter
+from copy import deepcopy
+from functools import cache
 from html import escape
 from pathlib import Path
 
+import pydata_sphinx_theme.toctree as toctree
 from docutils import nodes
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.unsrt import Style
+from pybtex.style.labels import BaseLabelStyle
 from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
+
+# A book is millions of small objects, none of them garbage: to look for cycles less often saves a third of the time.
+gc.set_threshold(100_000, 50, 1000)
+importlib.metadata.entry_points = cache(importlib.metadata.entry_points)      # pybtex asks for the same ones, some hundred times
 
 
 def number_by_file(app):
-    "Number each page as its file is numbered: `03_bpe` is 3, its sections 3.1, its figures 3.1."
-    assign = TocTreeCollectorWithStyles.assign_section_numbers
+    "Number each page as its file is named: `03_bpe` is 3, its sections 3.1, its figures 3.1; those of `A_pytorch` A.1."
+    assign, changed = TocTreeCollectorWithStyles.assign_section_numbers, lambda before, now: [doc for doc in now if now[doc] != before.get(doc)]
 
     def assign_section_numbers(self, env):
-        changed = assign(self, env)
+        before = deepcopy(env.toc_secnumbers)
+        assign(self, env)
         for doc, numbers in env.toc_secnumbers.items():
             m = re.search(r'(?:^|/)(\d+)_\w+$', doc)
             if not m: continue
@@ -20,9 +33,22 @@ def number_by_file(app):
             env.toc_secnumbers[doc] = {anchor: tuple(shift(n)) for anchor, n in numbers.items()}
             for node in [env.titles[doc], *env.tocs[doc].findall(nodes.reference)]:
                 if node.get('secnumber'): node['secnumber'] = shift(node['secnumber'])
-        return changed
+        return changed(before, env.toc_secnumbers)      # what is as it was need not be written again
 
     TocTreeCollectorWithStyles.assign_section_numbers = assign_section_numbers
+
+    figures = TocTreeCollectorWithStyles.assign_figure_numbers
+
+    def assign_figure_numbers(self, env):
+        "Pages with a letter are in parts without numbers: their figures and exercises begin with the letter, `A.1`."
+        before = deepcopy(env.toc_fignumbers)
+        figures(self, env)
+        for doc, kinds in env.toc_fignumbers.items():
+            if m := re.search(r'(?:^|/)([A-Z])_\w+$', doc):
+                for kind, places in kinds.items(): kinds[kind] = {place: (m[1], k) for k, place in enumerate(places, 1)}
+        return changed(before, env.toc_fignumbers)
+
+    TocTreeCollectorWithStyles.assign_figure_numbers = assign_figure_numbers
 
 
 def inline_pictures(app, doctree, docname):
@@ -35,7 +61,21 @@ def inline_pictures(app, doctree, docname):
         if 'class="llm-picture"' not in svg: continue
         alt = image.get('alt')
         if not alt: raise ValueError(f'{docname}: a picture has no `#| fig-alt:`: {svg[:200]}')
+        link_to_code(image)
         image.replace_self(nodes.raw('', svg.replace('<svg ', f'<svg role="img" aria-label="{escape(alt)}" ', 1), format='html'))
+
+
+def link_to_code(image):
+    "Let the caption of a picture end with a link to the cell that drew it; a browser unfolds what a link leads into."
+    figure = cell = image
+    while figure is not None and not isinstance(figure, nodes.figure): figure = figure.parent
+    while cell is not None and 'cell' not in cell.get('classes', ()): cell = cell.parent
+    if figure is None or cell is None or not figure['ids']: return
+    code = next((part for part in cell.findall(nodes.container) if 'cell_input' in part['classes']), None)
+    caption = next(iter(figure.findall(nodes.caption)), None)
+    if code is None or caption is None: return
+    code['ids'].append(name := f"code-{figure['ids'][0]}")
+    caption += nodes.raw('', f' <a class="llm-source" href="#{name}">Source</a>', format='html')
 
 
 def offline(app, config):
@@ -43,10 +83,34 @@ def offline(app, config):
     config.html_static_path.append(str(Path(app.confdir)/'_vendor'))
 
 
-def links_to_source(app, config):
-    "On a fork that publishes the book, let the source and launch buttons point to the fork."
+def addresses(app, config):
+    "Where the book is published, for the site map, its card and the page for what is not found; a fork that publishes it is its own source."
+    settings = ConfigParser()
+    settings.read(Path(__file__).parent.parent/'settings.ini')
+    host, base = settings['DEFAULT']['doc_host'], settings['DEFAULT']['doc_baseurl']
     if repo := os.environ.get('GITHUB_REPOSITORY'):
-        config.html_theme_options['repository_url'] = f'https://github.com/{repo}'
+        owner, name = repo.split('/')
+        config.html_theme_options['repository_url'], host, base = f'https://github.com/{repo}', f'https://{owner}.github.io', f'/{name}'
+    config.html_baseurl = config.ogp_site_url = f'{host}{base}/'
+    config.ogp_image = f'{host}{base}/_static/card.png'
+    config.notfound_urls_prefix = f'{base}/'
+
+
+def name_toggles():
+    "Give the arrows that unfold the table of contents a name for those who hear it."
+    fold = toctree.add_collapse_checkboxes
+
+    def named(soup):
+        fold(soup)
+        for summary in soup.select('summary'):
+            if not summary.get_text(strip=True): summary['aria-label'] = 'Show the pages below'
+
+    toctree.add_collapse_checkboxes = named
+
+
+def works_are_no_list(app, pagename, templatename, context, doctree):
+    "docutils says of the works that they are a list, and then that each is an entry of a bibliography, which is no item."
+    if 'body' in context: context['body'] = context['body'].replace('<div role="list" class="citation-list">', '<div class="citation-list">')
 
 
 def thebe_once(app, pagename, templatename, context, doctree):
@@ -58,10 +122,30 @@ def thebe_once(app, pagename, templatename, context, doctree):
         seen.add(body)
 
 
+class Labels(BaseLabelStyle):
+    "Works are called as the pages call them, by author and year."
+
+    def format_labels(self, entries):
+        seen = Counter()
+        for entry in entries:
+            people = [' '.join(map(str, p.rich_last_names)) or str(p) for p in entry.persons.get('author', [])] or [entry.fields.get('title', entry.key)]
+            names = people[0] if len(people) == 1 else ' and '.join(people) if len(people) == 2 else f'{people[0]} et al.'
+            label = f"{names}, {entry.fields.get('year', 'no year')}"
+            seen[label] += 1
+            yield label + (f' ({seen[label]})' if seen[label] > 1 else '')
+
+
+class Works(Style):
+    default_label_style, default_sorting_style = Labels, 'author_year_title'
+
+
 def setup(app):
+    register_plugin('pybtex.style.formatting', 'book', Works)
     app.connect('config-inited', offline, priority=900)
-    app.connect('config-inited', links_to_source, priority=900)
+    app.connect('config-inited', addresses, priority=10)      # before the extensions that read them
+    name_toggles()
     app.connect('builder-inited', number_by_file, priority=900)
     app.connect('doctree-resolved', inline_pictures)
     app.connect('html-page-context', thebe_once, priority=900)
+    app.connect('html-page-context', works_are_no_list)
     return dict(version='1', parallel_read_safe=True, parallel_write_safe=True)

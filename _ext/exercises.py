@@ -70,7 +70,7 @@ def read(app, docname, source):
 
 
 def students(app, error):
-    if not error and app.builder.format == 'html': student.write(Path(app.outdir)/'student')
+    if not error and app.builder.format == 'html': student.write(Path(app.outdir)/'student', only_changed=True)
 
 
 def setup(app):

@@ -34,7 +34,7 @@ def sizes(pages: list[Path]) -> list[list[str]]:
     cells = Counter(cell.cell_type for page in pages for cell in nbformat.read(page, as_version=4).cells)
     modules = [path.read_text(encoding='utf-8').splitlines() for path in (ROOT/'llmbook').glob('[a-z]*.py')]
     found = all_exercises()
-    return [['pages', f'{len(pages)}'], ['cells of text', f"{cells['markdown']:,}"], ['cells of code', f"{cells['code']:,}"],
+    return [['notebooks', f'{len(pages)}'], ['cells of text', f"{cells['markdown']:,}"], ['cells of code', f"{cells['code']:,}"],
             ['lines of the package', f'{sum(map(len, modules)):,} in {len(modules)} modules'],
             ['exercises', f'{len(found)}, with {sum(len(e.wrong_answers) for e in found)} wrong answers that are refused']]
 
@@ -48,14 +48,15 @@ def proofs(notes: dict) -> list[list[str]]:
 
 class Provenance(Directive):
     def run(self):
-        self.state.document.settings.env.note_dependency(str(NOTES))
+        if NOTES.exists(): self.state.document.settings.env.note_dependency(str(NOTES))      # what is missing would count as changed, in every build
         say = lambda text: nodes.paragraph('', text)
         out = [table(['what', 'version'], [['Python', platform.python_version()], *([name, version(name)] for name in PACKAGES)]),
                table(['what', 'how much'], sizes(sorted((ROOT/'nbs').glob('*.ipynb'))))]
         if not NOTES.exists(): return [*out, say('The proofs have not run where this copy was built, so their table is missing; make test runs them.')]
         notes = json.loads(NOTES.read_text(encoding='utf-8'))
         return [*out, say(f"The proofs ran on {notes['machine']}, in {notes['seconds'] / 60:.0f} minutes: {notes['passed']:,} passed, {notes['failed']:,} failed."),
-                table(['page', *BUCKETS, 'seconds'], proofs(notes))]
+                table(['page', *BUCKETS, 'seconds'], proofs(notes)),
+                say('“Exact” counts cells whose output was the same to the letter, “within tolerance” those that needed it, “silent” those that print nothing. “Not run” must be 0 for all pages but those that say why.')]
 
 
 def setup(app):

@@ -7,10 +7,9 @@ __all__ = ['GPT_SIZES', 'PEAK_FLOPS', 'count_gpt_parameters', 'training_flops', 
            'training_cost']
 
 # %% ../nbs/01_understanding.ipynb #01a00004
-import math
-from numbers import Real
+from math import inf
 
-from .core import check_count
+from .core import check_count, check_number
 
 # %% ../nbs/01_understanding.ipynb #01a00033
 GPT_SIZES = {      # as published: Radford et al. 2019; Brown et al. 2020
@@ -37,21 +36,14 @@ def _check_sizes(
                          "does not depend on it")
     return checked
 
-def _check_number(
+def _positive(
     name: str, # of the argument, for the message
     value: float, # what was given
-    most: float = math.inf, # the largest that is allowed
     zero: bool = False, # allow 0
-) -> float: # the same
-    "Refuse what is no finite number, is below 0, or is above `most`."
-    least = "from 0" if zero else "above 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} is not a number; give an int or a "
-                        f"float {least}")
-    if not 0 <= value <= most or value == math.inf or value == 0 and not zero:
-        end = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{name}={value!r} is not allowed; give a finite "
-                         f"number {least}{end}")
+) -> float: # the same, and an int if it was one
+    "Refuse what is no finite number above 0."
+    check_number(name, value, lambda x: 0 < x < inf or zero and x == 0,
+                 f"a finite number {'from' if zero else 'above'} 0")
     return value
 
 # %% ../nbs/01_understanding.ipynb #01a00035
@@ -81,12 +73,12 @@ def count_gpt_parameters(
 
 # %% ../nbs/01_understanding.ipynb #01a0003b
 def training_flops(
-    parameters: float, # N of the papers
+    parameters: float, # P
     tokens: float, # D, read in training; twice if read twice
 ) -> float: # multiplications and additions; an int if both are
-    "The rule 6·N·D, 2 forward and 4 back (Kaplan et al. 2020, section 2.1)."
-    return (6 * _check_number("parameters", parameters)
-            * _check_number("tokens", tokens))
+    "The rule 6·P·D, 2 forward and 4 back (Kaplan et al. 2020, section 2.1)."
+    return (6 * _positive("parameters", parameters)
+            * _positive("tokens", tokens))
 
 # %% ../nbs/01_understanding.ipynb #01a0003f
 def forward_flops(
@@ -115,12 +107,12 @@ def memory_bytes(
     if not isinstance(training, bool):
         raise TypeError(f"training={training!r} is no switch; give True or "
                         "False")
-    extra = sum(_check_number(name, size, zero=True) * times
+    extra = sum(_positive(name, size, zero=True) * times
                 for name, size, times in (("gradient", gradient, 1),
                                           ("mean", mean, 2),
                                           ("master", master, 1)))
-    each = _check_number("weight", weight) + (extra if training else 0)
-    return _check_number("parameters", parameters) * each
+    each = _positive("weight", weight) + (extra if training else 0)
+    return _positive("parameters", parameters) * each
 
 # %% ../nbs/01_understanding.ipynb #01a00047
 PEAK_FLOPS = {     # per second, dense, 16 bits, by NVIDIA's own papers
@@ -136,10 +128,10 @@ def training_time(
     devices: int = 1, # that share the work evenly
 ) -> float: # seconds
     "How long a training lasts."
-    speed = (_check_number("flops_per_second", flops_per_second)
-             * _check_number("utilisation", utilisation, most=1))
-    devices = check_count("devices", devices)
-    return _check_number("flops", flops) / speed / devices
+    speed = _positive("flops_per_second", flops_per_second) * check_number(
+        "utilisation", utilisation, lambda u: 0 < u <= 1,
+        "a share above 0 and at most 1")
+    return _positive("flops", flops) / speed / check_count("devices", devices)
 
 def training_cost(
     flops: float, # of the whole training
@@ -149,4 +141,4 @@ def training_cost(
 ) -> float: # in the currency of the price
     "What a training costs, on however many devices."
     hours = training_time(flops, flops_per_second, utilisation) / 3600
-    return hours * _check_number("price_per_hour", price_per_hour, zero=True)
+    return hours * _positive("price_per_hour", price_per_hour, zero=True)

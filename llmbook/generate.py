@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import check_count
+from .core import check_count, check_number
 
 # %% ../nbs/10_generate.ipynb #22c08b1c
 def draw(
@@ -39,29 +39,12 @@ def draw(
     return int(torch.searchsorted(ends, dart, right=True))
 
 # %% ../nbs/10_generate.ipynb #7ac1c35f
-def _check_number(
-    name: str, # of the argument, for the message
-    value: float, # what was given
-    good: Callable[[float], bool], # whether it is allowed
-    allowed: str, # the same in words
-) -> float: # the same, as Python's own
-    "Refuse what is no number, or not one that is allowed."
-    try:
-        if isinstance(value, (bool, str, bytes)): raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name}={value!r} is not a number; give "
-                        f"{allowed}") from None
-    if not good(number):
-        raise ValueError(f"{name}={value} is not allowed; give {allowed}")
-    return number
-
 def apply_temperature(
     logits: Tensor, # (..., V)
     temperature: float, # above 0; 1 changes nothing
 ) -> Tensor: # (..., V) float64; the largest of a row is 0
     "Stretch the distances between logits, or shrink them."
-    temperature = _check_number(
+    temperature = check_number(
         "temperature", temperature, lambda t: 0 < t < inf,
         "a number above 0, such as 0.8; for 0, take logits.argmax(-1)")
     logits = logits.double()
@@ -83,8 +66,8 @@ def filter_top_p(
     p: float, # how much probability to keep, in (0, 1]; 1 keeps all
 ) -> Tensor: # (..., V), -inf for the others
     "Keep the fewest most likely tokens that have probability `p` together."
-    p = _check_number("top_p", p, lambda p: 0 < p <= 1,
-                      "a number in (0, 1], such as 0.9; 1 keeps all tokens")
+    p = check_number("top_p", p, lambda p: 0 < p <= 1,
+                     "a number in (0, 1], such as 0.9; 1 keeps all tokens")
     if p == 1: return logits
     ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
     so_far = ranked.double().softmax(dim=-1).cumsum(dim=-1)
@@ -344,8 +327,8 @@ def stream_batch(
     "Continue several texts side by side, and hand out token by token."
     rows = [_as_ids(f"prompts[{i}]", p) for i, p in enumerate(prompts)]
     new = check_count("max_new_tokens", max_new_tokens, 0)
-    _check_number("temperature", temperature, lambda t: 0 <= t < inf,
-                  "0 for the likeliest token, or a number above, such as 0.8")
+    check_number("temperature", temperature, lambda t: 0 <= t < inf,
+                 "0 for the likeliest token, or a number above, such as 0.8")
     one = torch.zeros(1)
     if top_k is not None: filter_top_k(one, top_k)     # refused now, if wrong
     if top_p is not None: filter_top_p(one, top_p)

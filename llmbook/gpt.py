@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import _check_dropout
+from .budget import GPT_SIZES
 from .core import check_count
 from .embedding import PositionEmbedding, TokenEmbedding
 from .transformer import LayerNorm, TransformerBlock
@@ -49,12 +50,8 @@ class GPTConfig:
                                 "False")
 
 # %% ../nbs/09_gpt.ipynb #073dd0e0
-GPT2_SIZES = {
-    "124M": GPTConfig(50_257, 1024, 12, 12, 768),
-    "355M": GPTConfig(50_257, 1024, 24, 16, 1024),
-    "774M": GPTConfig(50_257, 1024, 36, 20, 1280),
-    "1558M": GPTConfig(50_257, 1024, 48, 25, 1600),
-}
+GPT2_SIZES = {name.removeprefix("GPT-2 "): GPTConfig(**sizes)
+              for name, sizes in GPT_SIZES.items() if "GPT-2" in name}
 
 # %% ../nbs/09_gpt.ipynb #49b4c3e3
 def _start(
@@ -124,7 +121,7 @@ class GPT(nn.Module):
         return self.lm_head(x[..., -1:, :] if last_only else x)
 
 # %% ../nbs/09_gpt.ipynb #6945d629
-GPT2_NAMES = {     # of parts, where it is published
+GPT2_NAMES = {     # our names of parts, and those of the published files
     "token_embedding": "wte", "position_embedding": "wpe",
     "final_norm": "ln_f", "blocks": "h", "attention_norm": "ln_1",
     "attention": "attn", "qkv": "c_attn", "projection": "c_proj",

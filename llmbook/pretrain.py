@@ -36,14 +36,15 @@ from tyro.conf import Positional
 import llmbook
 from .bpe import BPETokenizer, _write_text, gpt2_tokenizer
 from .checkpoint import Checkpoints, _check_weights, load_model
-from .core import (PALETTE, TEXTS, check_count, count_parameters,
-                          get_device, new_plot, set_seed, show_plot)
+from .core import (PALETTE, TEXTS, check_count, check_number,
+                          count_parameters, get_device, new_plot, set_seed,
+                          show_plot)
 from .data import (TokenDataset, TokenFile, _as_row, find_texts,
                           fingerprint, make_dataloader, read_pieces,
                           tokenize_files)
 from .distributed import (DistributedCheckpoints, DistributedTrainer,
                                  World, join_world)
-from .generate import _check_number, generate
+from .generate import generate
 from .gpt import GPT, GPTConfig
 from .loss import bits_per_byte, evaluate_loss, perplexity
 from .schedule import WarmupCosine
@@ -97,7 +98,7 @@ class PretrainConfig:
             keep(name, check_count(name, getattr(self, name), least))
         if self.seed >= 2**32: refuse("seed", "less than 2**32", ValueError)
         if self.threads is not None: check_count("threads", self.threads)
-        keep("held_out", _check_number(
+        keep("held_out", check_number(
             "held_out", self.held_out, lambda x: 0 < x < 1,
             "a share between 0 and 1, such as 0.1"))
         one = isinstance(self.text, (str, os.PathLike))

@@ -9,14 +9,13 @@ __all__ = ['WarmupCosine']
 import math
 from dataclasses import dataclass
 
-from .core import check_count
-from .generate import _check_number
+from .core import check_count, check_number
 
 # %% ../nbs/13_schedule.ipynb #1eb8e01a
 @dataclass(frozen=True)
 class WarmupCosine:
     "A learning rate that rises in a line, then falls like half a cosine."
-    max_steps: int # T, steps of the training, numbered from 0
+    max_steps: int # K, steps of the training, numbered from 0
     learning_rate: float # the largest, of the last step of the warm-up
     warmup_steps: int = 0 # steps on the way up, fewer than `max_steps`
     min_learning_rate: float = 0.0 # of the last step, and of any after it
@@ -25,11 +24,11 @@ class WarmupCosine:
         def keep(name, value): object.__setattr__(self, name, value)
         for name, least in (("max_steps", 1), ("warmup_steps", 0)):
             keep(name, check_count(name, getattr(self, name), least))
-        keep("learning_rate", _check_number(
+        keep("learning_rate", check_number(
             "learning_rate", self.learning_rate, lambda x: 0 < x < math.inf,
             "a number above 0, such as 1e-3"))
         peak = self.learning_rate
-        keep("min_learning_rate", _check_number(
+        keep("min_learning_rate", check_number(
             "min_learning_rate", self.min_learning_rate,
             lambda x: 0 <= x <= peak,
             f"a number from 0 to {peak:g}, the learning_rate"))

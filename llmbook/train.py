@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import PALETTE, Picture, check_count, new_plot, show_plot
+from .core import (PALETTE, Picture, check_count, check_number,
+                          new_plot, show_plot)
 from .data import _as_row
-from .generate import _check_number
 from .loss import evaluate_loss, model_loss
 
 # %% ../nbs/12_train.ipynb #bd459eaf
@@ -45,7 +45,7 @@ def make_optimizer(
     learning_rate: float = 1e-3, # size of a step
     weight_decay: float = 0.1, # share of a matrix lost in a step, times rate
     betas: tuple[float, float] = (0.9, 0.95), # memory of the two means
-) -> torch.optim.AdamW: # matrices and tables decay; what is added does not
+) -> torch.optim.AdamW: # matrices and tables decay; vectors do not
     "AdamW that shrinks matrices and tables, and leaves vectors alone."
     learned = [p for p in model.parameters() if p.requires_grad]
     if not learned: raise ValueError(
@@ -78,19 +78,19 @@ class TrainConfig:
         if self.evaluate_batches is not None: keep(
             "evaluate_batches",
             check_count("evaluate_batches", self.evaluate_batches))
-        keep("learning_rate", _check_number(
+        keep("learning_rate", check_number(
             "learning_rate", self.learning_rate, lambda x: 0 < x < math.inf,
             "a number above 0, such as 1e-3"))
-        keep("weight_decay", _check_number(
+        keep("weight_decay", check_number(
             "weight_decay", self.weight_decay, lambda x: 0 <= x < math.inf,
             "0 for no decay, or a number above, such as 0.1"))
-        if self.grad_clip is not None: keep("grad_clip", _check_number(
+        if self.grad_clip is not None: keep("grad_clip", check_number(
             "grad_clip", self.grad_clip, lambda x: 0 < x < math.inf,
             "a number above 0, such as 1.0, or None for no limit"))
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas={self.betas!r} is no pair; give two "
                             "numbers in [0, 1), such as (0.9, 0.95)")
-        keep("betas", tuple(_check_number(
+        keep("betas", tuple(check_number(
             f"betas[{i}]", beta, lambda x: 0 <= x < 1,
             "a number in [0, 1), such as 0.9")
             for i, beta in enumerate(self.betas)))

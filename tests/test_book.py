@@ -1,5 +1,5 @@
 "What makes the book: the reader of notebooks, and the checks that follow the build, proved able to fail."
-import sys
+import subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -8,6 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tools import book
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'_ext'))
+import provenance      # noqa: E402
 from nbdev_reader import read_notebook, split_directives      # noqa: E402
 
 
@@ -76,3 +77,23 @@ def test_a_missing_page_and_a_stylesheet_from_outside(small_book):
     (small_book/'x.css').write_text('a {background: url("https://example.org/x.png")}')
     (small_book/'_toc.yml').write_text('root: a\nparts:\n- chapters:\n  - file: b\n  - file: c\n')
     assert [f.split(':')[0] for f in book.check(small_book)] == ['c', 'x.css']
+
+
+def test_the_record_of_the_proofs_adds_up():
+    notes = {'pages': {'b': {'exact': 3, 'silent': 2, 'seconds': 4.4}, 'a': {'exact': 1, 'not run': 1, 'seconds': 1.2}}}
+    assert provenance.proofs(notes) == [['a', '1', '0', '0', '0', '1', '1'], ['b', '3', '0', '0', '2', '0', '4'], ['all', '4', '0', '0', '2', '1', '6']]
+    told = dict(provenance.sizes(sorted((provenance.ROOT/'nbs').glob('*.ipynb'))))
+    assert int(told['notebooks']) == len(list((provenance.ROOT/'nbs').glob('*.ipynb'))) and int(told['cells of code'].replace(',', '')) > 1000
+
+
+def test_pages_are_numbered_as_their_files_are_named(tmp_path):
+    "A small book with a page 3 and an appendix A: figures are 3.1, A.1 and A.2."
+    lines = {'index': '# Index', '03_three': '# Three\n\n```{figure} a.svg\n:name: one\nOne\n```', 'A_more': '# More\n\n```{figure} a.svg\n:name: two\nTwo\n```\n\n```{figure} a.svg\n:name: three\nThree\n```\n\n{numref}`one`, {numref}`three`'}
+    for name, text in lines.items(): (tmp_path/f'{name}.md').write_text(text)
+    (tmp_path/'a.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (tmp_path/'_toc.yml').write_text('format: jb-book\nroot: index\nparts:\n- caption: P\n  numbered: true\n  chapters:\n  - file: 03_three\n- caption: Q\n  chapters:\n  - file: A_more\n')
+    (tmp_path/'_config.yml').write_text(f"title: t\nexecute: {{execute_notebooks: 'off'}}\nsphinx:\n  local_extensions: {{book: '{(Path(__file__).parent.parent/'_ext').as_posix()}'}}\n")
+    done = subprocess.run([sys.executable, '-c', 'from jupyter_book.cli.main import main; main()', 'build', str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path/'_build'/'html'/'A_more.html').read_text(encoding='utf-8')
+    assert 'Fig. A.1' in page and 'Fig. A.2' in page and 'Fig. 3.1' in page

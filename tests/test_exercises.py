@@ -13,6 +13,7 @@ from tools.exercises import blocks, without_markers, without_solution
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT/'_ext'))
 exercise_pages = importlib.import_module('exercises')       # the book's extension
+from nbdev_reader import split_directives      # noqa: E402
 
 PAGES = {page: nbformat.read(page, as_version=4) for page in sorted((ROOT/'nbs').glob('*.ipynb'))}
 BLOCKS = {block.number: (page, block) for page, nb in PAGES.items() for block in blocks(nb)}
@@ -220,9 +221,24 @@ def run(nb, folder):
 
 
 @by_page
-def test_the_student_edition_runs_to_the_first_exercise(page, tmp_path):
-    error, cell = run(student.student(page), tmp_path)
+def test_the_student_edition_is_the_page_up_to_its_first_exercise(page):
+    "Cell by cell the code that the page's own test runs, then the starter and its check."
     first = blocks(PAGES[page])[0]
+    stop = first.one('check').source
+    def code(nb):
+        for cell in nb.cells:
+            if cell.cell_type != 'code': continue
+            source = re.sub(r'^# Fig\. .*\n', '', split_directives(cell.source)[1])
+            if source.strip(): yield source
+            if cell.source == stop: return
+    whole, mine = [*code(PAGES[page])], [*code(student.student(page))]
+    assert mine[-2:] == [without_solution(first.one('solution').source), stop]
+    assert mine[:-2] == whole[:len(mine) - 2] and len(whole) - len(mine) <= 1      # a checker may stand before its exercise
+
+
+def test_the_student_edition_stops_at_its_first_exercise(tmp_path):
+    error, cell = run(student.student(WITH[1]), tmp_path)
+    first = blocks(PAGES[WITH[1]])[0]
     assert cell.source == first.one('check').source
     assert error.ename == 'NotYet' and f'{first.number} waits for you' in str(error)
     assert 'Traceback' not in str(error) and 'checking.py' not in str(error)

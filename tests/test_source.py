@@ -57,6 +57,9 @@ def test_clean_changes_nothing(copy):
 
 
 def test_nbdev_test(copy):
+    "nbdev's own runner reads our pages; three of them, since every page is run and compared as well."
+    for path in (copy/'nbs').glob('*.ipynb'):
+        if path.stem not in ('index', '00_start', '02_words'): path.unlink()
     done = nbdev('nbdev_test', copy)
     assert done.returncode == 0 and 'Success' in done.stdout + done.stderr, done.stdout + done.stderr
 
@@ -70,7 +73,7 @@ def test_every_module_is_a_page():
 
 
 EXPORTS = {      # what later pages and users rely on
-    'core': 'TEXTS load_text check_count set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
+    'core': 'TEXTS load_text check_count check_number set_seed device_fault get_device count_parameters PALETTE Picture show_tokens show_heatmap show_flow new_plot show_plot',
     'budget': 'GPT_SIZES PEAK_FLOPS count_gpt_parameters training_flops forward_flops memory_bytes training_time training_cost',
     'words': 'SPLIT_PATTERN split_words Vocabulary WordTokenizer',
     'checking': 'Report Exercise exercise all_exercises find_exercise check check_file NotYet main',

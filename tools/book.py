@@ -4,6 +4,7 @@ A warning of the build is an error. Then every page must be there, every link le
 outside, and every picture be described; the exit code is 1 and the faults are listed if not.
 """
 import re, shutil, subprocess, sys
+from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src', 'object': 'data', 'embed': 'src'}
+SETTINGS = ConfigParser()
+SETTINGS.read(ROOT/'settings.ini')
+BASE = SETTINGS['DEFAULT']['doc_baseurl'] + '/'
 OUTSIDE = re.compile(r'(?:url\(|@import)\s*["\']?(?:https?:)?//[^)"\']+')
 
 
@@ -70,7 +74,8 @@ def check(book: Path) -> list[str]:
             if parts.scheme or parts.netloc:
                 if url in page.loads: faults.append(f'{name}: loads {url} from outside')
                 continue
-            target = (book/name).parent/unquote(parts.path) if parts.path else book/name
+            inside = parts.path.removeprefix(BASE)      # the page for what is not found is shown at any depth, so it links from the top
+            target = book/unquote(inside) if inside != parts.path else (book/name).parent/unquote(parts.path) if parts.path else book/name
             if target.is_dir(): target /= 'index.html'
             if not target.exists(): faults.append(f'{name}: dead link {url}')
             elif parts.fragment and target.suffix == '.html':

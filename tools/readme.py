@@ -19,7 +19,7 @@ def readme(page: Path) -> tuple[str, dict[str, str]]:
     for cell in nbformat.read(page, as_version=4).cells:
         if 'readme-skip' in cell.metadata.get('tags', []): continue
         if cell.cell_type == 'markdown':
-            parts.append(re.sub(r'\]\((\w+)\.ipynb\)', r'](nbs/\1.ipynb)', cell.source))
+            parts.append(re.sub(r'\]\((\w+\.(?:ipynb|md))\)', r'](nbs/\1)', cell.source))
             continue
         directives, source = split_directives(cell.source)
         if 'remove-input' not in cell.metadata.get('tags', []): parts.append(f'```python\n{source}\n```')

@@ -19,14 +19,21 @@ INTRO = """This is the student edition: the solutions are missing, and each exer
     pip install {package}"""
 
 
+def title(page: Path) -> str:
+    "The first heading of a page, which is a notebook or plain Markdown."
+    text = nbformat.read(page, as_version=4).cells[0].source if page.exists() else page.with_suffix('.md').read_text(encoding='utf-8')
+    return text.splitlines()[0].removeprefix('# ')
+
+
 def plain(text: str, page: Path, places: dict[str, str]) -> str:
     "Markdown as plain Jupyter shows it: the roles of the book replaced by words."
     def role(m):
         name, target = m[1], re.sub(r'^.*<(.*)>$', r'\1', m[2])
-        if name == 'doc': return '*' + nbformat.read(page.parent/f'{target}.ipynb', as_version=4).cells[0].source.splitlines()[0].removeprefix('# ') + '*'
+        if name == 'doc': return f"*{title(page.parent/f'{target}.ipynb')}*"
         if name == 'cite': return '(' + ', '.join(re.sub(r'^([a-z]+)(\d{4}).*', lambda k: f'{k[1].title()} {k[2]}', key) for key in target.split(',')) + ')'
         if name in ('numref', 'eq'): return places.get(target, 'the figure')
         return target
+    text = re.sub(r'```\{explore\}.*?```', '(The rendered page has a picture to play with here.)', text, flags=re.S)
     text = re.sub(r'\{(\w+)\}`([^`]+)`', role, text)
     text = re.sub(r'^\$\$ \((\S+)\)$', lambda m: f'\\tag{{{places[m[1]][1:-1]}}}\n$$', text, flags=re.M)
     return re.sub(rf'[^.\n]*{OFFER}[^.]*\.[ ]?', '', text)
@@ -59,9 +66,10 @@ def student(page: Path):
     return nb
 
 
-def pages() -> list[Path]:
-    "The pages that have exercises."
-    return [page for page in sorted((ROOT/'nbs').glob('*.ipynb')) if blocks(nbformat.read(page, as_version=4))]
+def pages(newer_than: Path | None = None) -> list[Path]:
+    "The pages that have exercises; with a folder, those that have changed since they were written there."
+    changed = lambda page: newer_than is None or not (newer_than/page.name).exists() or page.stat().st_mtime > (newer_than/page.name).stat().st_mtime
+    return [page for page in sorted((ROOT/'nbs').glob('*.ipynb')) if changed(page) and blocks(nbformat.read(page, as_version=4))]
 
 
 def mark_of(nb) -> str:
@@ -69,11 +77,11 @@ def mark_of(nb) -> str:
     return hashlib.sha256(json.dumps([c.source for c in nb.cells]).encode()).hexdigest()
 
 
-def write(folder: Path) -> list[str]:
+def write(folder: Path, only_changed: bool = False) -> list[str]:
     "Write the student edition into `folder`; returns what was kept because somebody has worked in it."
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
-    for page in pages():
+    for page in pages(folder if only_changed else None):
         new, path = student(page), folder/page.name
         if path.exists():
             try:

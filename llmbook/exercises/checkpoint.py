@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['check_forgotten', 'the_loss_first', 'one_step_only', 'all_steps_alike', 'to_two_decimals', 'two_steps_only',
            'no_rate', 'the_means_before_the_weights', 'check_write_whole', 'in_its_place', 'collected',
-           'renamed_too_early', 'errors_only', 'draft_left', 'swallowed', 'half_is_renamed', 'deleted_first', 'added',
-           'check_to_keep', 'the_highest', 'never_saved', 'no_milestones', 'one_more', 'twice', 'to_be_deleted',
-           'the_first_of_the_table', 'every_so_many', 'check_folder_digest', 'contents_only', 'as_it_comes',
-           'glued_together', 'with_a_separator', 'a_byte_of_0', 'lengths_without_an_end', 'sorted_by_content', 'sizes',
-           'added_up', 'only_names', 'a_number']
+           'draft_elsewhere', 'renamed_too_early', 'errors_only', 'draft_left', 'swallowed', 'half_is_renamed',
+           'deleted_first', 'added', 'check_to_keep', 'the_highest', 'never_saved', 'no_milestones', 'one_more',
+           'twice', 'to_be_deleted', 'the_first_of_the_table', 'every_so_many', 'check_folder_digest', 'contents_only',
+           'as_it_comes', 'glued_together', 'with_a_separator', 'a_byte_of_0', 'lengths_without_an_end',
+           'sorted_by_content', 'sizes', 'added_up', 'only_names', 'a_number']
 
 # %% ../../nbs/14_checkpoint.ipynb #d071a7bc
 from ..checking import exercise
@@ -109,7 +109,9 @@ def check_write_whole():
                 if fails: raise fails("the disk is full")
             replace = os.replace
             def watched(draft, name, **more):
-                whole.append(Path(draft).read_bytes() == b"".join(pieces))
+                near = Path(draft).resolve().parent == Path(folder).resolve()
+                whole.append("elsewhere" if not near else
+                             Path(draft).read_bytes() == b"".join(pieces))
                 replace(draft, name)
             try:
                 with patch("os.replace", watched), patch("os.rename", watched):
@@ -146,6 +148,19 @@ def collected(path, pieces):
     rename it."""
     from pathlib import Path
     Path(path).write_bytes(b"".join(pieces))
+
+@check_write_whole.wrong
+def draft_elsewhere(path, pieces):
+    """The draft lies in another folder, perhaps on another disk, and then a
+    rename is a copy, or fails. Write it beside the file."""
+    import os, tempfile
+    number, draft = tempfile.mkstemp()
+    try:
+        with open(number, "wb") as file:
+            for piece in pieces: file.write(piece)
+        os.replace(draft, path)
+    finally:
+        if os.path.exists(draft): os.remove(draft)
 
 @check_write_whole.wrong
 def renamed_too_early(path, pieces):

@@ -4,8 +4,8 @@
 __all__ = ['check_entropy', 'in_nats', 'without_temperature', 'multiplied', 'probabilities_divided', 'zero_times_infinity',
            'the_sign', 'a_mean', 'an_average', 'check_filter_min_p', 'of_all', 'of_the_logit', 'far_below',
            'minus_the_logarithm', 'minus_p', 'zeros', 'over_all_rows', 'more_than', 'probabilities_back',
-           'check_penalise', 'always_divided', 'always_multiplied', 'the_other_way', 'subtracted', 'the_others',
-           'forbidden', 'each_time', 'only_the_last', 'all_of_them', 'check_window_mask', 'upper_left',
+           'check_penalise', 'in_place', 'always_divided', 'always_multiplied', 'the_other_way', 'subtracted',
+           'the_others', 'forbidden', 'each_time', 'only_the_last', 'all_of_them', 'check_window_mask', 'upper_left',
            'the_first_keys', 'on_both_sides', 'not_itself', 'one_too_many', 'one_too_few', 'no_window',
            'the_same_for_all', 'the_future', 'turned_round', 'upright', 'check_until', 'piece_by_piece',
            'with_the_word', 'all_at_the_end', 'reads_on', 'never_given_back', 'any_of_its_letters', 'the_shortest',
@@ -180,6 +180,20 @@ def check_penalise():
     yield ("penalise(z.clone(), [], 2)", z,
            "nothing has been written (torch.tensor([]) would hold floats)")
     yield "penalise(z.clone(), [3, 0], 1)", z
+    def kept(f):
+        given = z.clone()
+        f(given, [0, 1], 2)
+        return given
+    yield "kept(penalise)", z, "the scores that were given"
+
+@check_penalise.wrong
+def in_place(logits, ids, penalty):
+    """The scores that were given have been changed, and their owner may need
+    them still. Work on `logits.clone()`."""
+    for i in set(ids):
+        logits[i] = logits[i] / penalty if logits[i] > 0 else (
+            logits[i] * penalty)
+    return logits
 
 @check_penalise.wrong
 def always_divided(logits, ids, penalty):

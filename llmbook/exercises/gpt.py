@@ -7,8 +7,8 @@ __all__ = ['check_untie', 'the_same_model', 'the_flag_alone', 'a_fresh_start', '
            'one_block', 'matrices_alone', 'at_least_one', 'check_training_flops', 'forward_alone', 'twice',
            'multiplications', 'no_scores', 'half_the_scores', 'no_head', 'tables_at_work', 'six_times_the_parameters',
            'the_whole_context', 'scores_forward', 'a_head_per_block', 'one_token', 'check_knows_its_place', 'by_chance',
-           'to_the_last_bit', 'the_likeliest', 'different_tokens', 'the_first_two', 'not_to_the_end', 'texts_of_one',
-           'looked_at_the_table', 'the_other_way']
+           'to_the_last_bit', 'too_strict', 'the_likeliest', 'different_tokens', 'the_first_two', 'not_to_the_end',
+           'texts_of_one', 'looked_at_the_table', 'the_other_way']
 
 # %% ../../nbs/09_gpt.ipynb #dea9b369
 from ..checking import exercise
@@ -377,6 +377,16 @@ def to_the_last_bit(model, token):
     model.eval()
     with torch.no_grad(): logits = model(torch.full((6,), token))
     return bool((logits != logits[:1]).any())
+
+@check_knows_its_place.wrong
+def too_strict(model, token):
+    """Differences in the last digits were counted. Allow for rounding:
+    `atol=1e-5`."""
+    import torch
+    model.eval()
+    ids = torch.full((model.config.context_length,), token)
+    with torch.no_grad(): logits = model(ids)
+    return not torch.allclose(logits, logits[:1], rtol=0, atol=1e-8)
 
 @check_knows_its_place.wrong
 def the_likeliest(model, token):

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['check_narrow_heads', 'one_wide_head', 'sees_the_future', 'scaled_by_the_whole_width', 'columns_of_the_table',
            'tokens_as_heads', 'heads_in_rows', 'viewed_not_transposed', 'viewed_back', 'added_up',
-           'keys_and_queries_swapped', 'weights_before_softmax', 'check_attention_parameters', 'without_projection',
-           'times_the_heads', 'narrow_projection', 'one_head_only', 'always_with_vectors', 'never_with_vectors',
-           'one_vector_for_three', 'none_is_false', 'qkv_bias_ignored', 'or_instead_of_none', 'check_share_at',
-           'forwards', 'over_all_tokens', 'for_each_text', 'for_all_heads', 'first_two_dimensions', 'the_first_token',
-           'the_last_token_alone', 'one_text', 'one_further', 'check_without_head', 'rows', 'every_so_many',
-           'width_for_number', 'one_column', 'one_too_many', 'all_but_one', 'cut_out', 'counted_from_one',
-           'check_attention_in_pieces', 'future_seen', 'not_shrunk', 'only_the_total_shrunk', 'not_divided',
-           'not_scaled', 'short_piece_lost', 'mask_by_pieces', 'nothing_but_future', 'the_whole_table',
+           'keys_and_queries_swapped', 'weights_before_softmax', 'check_attention_parameters', 'built',
+           'without_projection', 'times_the_heads', 'narrow_projection', 'one_head_only', 'always_with_vectors',
+           'never_with_vectors', 'one_vector_for_three', 'none_is_false', 'qkv_bias_ignored', 'or_instead_of_none',
+           'check_share_at', 'forwards', 'over_all_tokens', 'for_each_text', 'for_all_heads', 'first_two_dimensions',
+           'the_first_token', 'the_last_token_alone', 'one_text', 'one_further', 'check_without_head', 'rows',
+           'every_so_many', 'width_for_number', 'one_column', 'one_too_many', 'all_but_one', 'cut_out',
+           'counted_from_one', 'check_attention_in_pieces', 'future_seen', 'not_shrunk', 'only_the_total_shrunk',
+           'not_divided', 'not_scaled', 'short_piece_lost', 'mask_by_pieces', 'nothing_but_future', 'the_whole_table',
            'asked_the_kernel', 'mean_of_the_pieces', 'mask_of_the_piece', 'nothing_subtracted']
 
 # %% ../../nbs/07_multihead.ipynb #95634e4f
@@ -126,6 +126,17 @@ def check_attention_parameters():
     yield ("attention_parameters(6, 2, bias=False, qkv_bias=True)", 162,
            "only queries, keys and values have one")
     yield "attention_parameters(768, 12)", 2_362_368
+    yield ("attention_parameters(1_000_000, 1)", 4_000_004_000_000,
+           "computed: nobody can build four million million numbers")
+
+@check_attention_parameters.wrong
+def built(n_embd, n_head, bias=True, qkv_bias=None):
+    """The module was built, to count its numbers. Compute them, and the width
+    may be what it likes."""
+    from llmbook.multihead import MultiHeadAttention
+    if n_embd > 10_000: raise MemoryError("no room for such a module")
+    module = MultiHeadAttention(n_embd, n_head, 8, 0.0, bias, qkv_bias)
+    return sum(p.numel() for p in module.parameters())
 
 @check_attention_parameters.wrong
 def without_projection(n_embd, n_head, bias=True, qkv_bias=None):

@@ -4,9 +4,9 @@
 __all__ = ['check_our_name', 'turned_around', 'the_first_one', 'keeps_the_prefix', 'replaces_letters', 'the_other_way',
            'check_word_perplexity', 'per_token', 'multiplied_after', 'upside_down', 'to_the_base_of_two',
            'still_in_nats', 'of_the_whole_text', 'check_first_difference', 'the_last_one', 'whole_modules',
-           'compares_weights', 'leaves_hooks', 'to_the_last_bit', 'never_none', 'only_blocks', 'check_cut_vocabulary',
-           'the_last_rows', 'only_the_tables', 'head_of_its_own', 'tied_in_any_case', 'in_place', 'in_training_mode',
-           'the_same_weights', 'config_as_before']
+           'compares_weights', 'leaves_hooks', 'clears_hooks', 'evaluates', 'by_name', 'to_the_last_bit', 'never_none',
+           'only_blocks', 'check_cut_vocabulary', 'the_last_rows', 'only_the_tables', 'head_of_its_own',
+           'tied_in_any_case', 'in_place', 'in_training_mode', 'always_32_bits', 'the_same_weights', 'config_as_before']
 
 # %% ../../nbs/17_open_weights.ipynb #2cc63835
 from ..checking import exercise
@@ -144,6 +144,8 @@ def check_first_difference():
     bent, near = copy.deepcopy(model), copy.deepcopy(model)
     bent.blocks[1].feed_forward.activation = torch.nn.ReLU()
     near.position_embedding.weight.data[0] += 1e-7
+    young, watched = copy.deepcopy(model).train(), copy.deepcopy(model)
+    watched.final_norm.register_forward_hook(lambda *_: None)
     square = changed("blocks.1.attention.projection.weight")
     late = changed("final_norm.bias")
     places = changed("position_embedding.weight", 2)
@@ -162,8 +164,10 @@ def check_first_difference():
            "a difference of 0.0000001 is one of rounding")
     yield ("hooks(first_difference, model, late)", 0,
            "hooks that are left behind")
-    yield ("modes(first_difference, model, late)", [False, False],
-           "neither model was in training mode")
+    yield ("hooks(first_difference, watched, late)", 1,
+           "a hook that somebody else has put there")
+    yield ("modes(first_difference, young, late)", [True, False],
+           "the mode of each model")
 
 def _first(a, b, ids, layers=True, last=False, leave=False, skip=(),
            room=1e-5):
@@ -211,6 +215,38 @@ def leaves_hooks(a, b, ids):
     return _first(a, b, ids, leave=True)
 
 @check_first_difference.wrong
+def clears_hooks(a, b, ids):
+    """All hooks were taken away, and one of them was there before. Remove only
+    those that `register_forward_hook` has returned to you."""
+    name = _first(a, b, ids)
+    for module in (*a.modules(), *b.modules()): module._forward_hooks.clear()
+    return name
+
+@check_first_difference.wrong
+def evaluates(a, b, ids):
+    """A model was put into another mode and left there. Compare the models as
+    they are."""
+    return _first(a.eval(), b.eval(), ids)
+
+@check_first_difference.wrong
+def by_name(a, b, ids):
+    """A dictionary by name keeps the last output of a layer that is called
+    twice, at the place of the first call. Keep a list."""
+    import torch
+    def outputs(model):
+        seen, hooks = {}, []
+        for name, module in model.named_modules():
+            if any(True for _ in module.children()): continue
+            def look(module, inputs, output, name=name): seen[name] = output
+            hooks.append(module.register_forward_hook(look))
+        with torch.no_grad(): model(ids)
+        for hook in hooks: hook.remove()
+        return seen
+    x, y = outputs(a), outputs(b)
+    return next((name for name in x if not torch.allclose(
+        x[name], y[name], atol=1e-5)), None)
+
+@check_first_difference.wrong
 def to_the_last_bit(a, b, ids):
     """Outputs that differ in the last bit were taken for different. Two ways
     to compute the same differ by rounding; allow 1e-5."""
@@ -243,7 +279,7 @@ def check_cut_vocabulary():
     model, loose = made(True), made(False)
     ids = torch.tensor([[3, 0, 10, 5]])
     wanted, wanted_loose = (m(ids)[..., :11].detach() for m in (model, loose))
-    young = made(True).train()
+    young, half = made(True).train(), made(True).to(torch.bfloat16)
     def moved(f):
         cut = f(model, 11)
         with torch.no_grad():
@@ -252,7 +288,7 @@ def check_cut_vocabulary():
     def is_tied(m): return m.lm_head.weight is m.token_embedding.weight
     def old_shape(f):
         f(model, 11)
-        return list(model(ids).shape)
+        return [*model(ids).shape, model.config.vocab_size, model.training]
     yield ("list(cut_vocabulary(model, 11)(ids).shape)", [1, 4, 11],
            "logits for 11 ids")
     yield ("cut_vocabulary(model, 11)(ids).detach()", wanted,
@@ -261,17 +297,20 @@ def check_cut_vocabulary():
     yield "is_tied(cut_vocabulary(model, 11))", True, "the head was tied"
     yield ("cut_vocabulary(loose, 11)(ids).detach()", wanted_loose,
            "a head of its own")
-    yield ("old_shape(cut_vocabulary)", [1, 4, 16],
-           "the model that was given has all its ids, still")
+    yield ("old_shape(cut_vocabulary)", [1, 4, 16, 16, False],
+           "the model that was given has all its ids, still, and its mode")
     yield ("[cut_vocabulary(m, 11).training for m in (model, young)]",
            [False, True], "the mode of the model that was given")
+    yield ("str(cut_vocabulary(half, 11).final_norm.weight.dtype)",
+           "torch.bfloat16", "the type of the model that was given")
     yield ("moved(cut_vocabulary)", 0.0,
            "the new weights were changed; the old ones must not follow")
 
-def _cut(model, V, start=0, tie=True, names=None):
+def _cut(model, V, start=0, names=None, dtype=None):
     from dataclasses import replace
     from llmbook.gpt import GPT
-    cut = GPT(replace(model.config, vocab_size=V))
+    cut = GPT(replace(model.config, vocab_size=V)).to(
+        dtype or model.final_norm.weight.dtype)
     weights = dict(model.state_dict())
     for name in ("token_embedding.weight", "lm_head.weight"):
         weights[name] = weights[name][start:start + V]
@@ -325,6 +364,13 @@ def in_training_mode(model, vocab_size):
     """A new module is in training mode, and with dropout it would guess
     otherwise. Give it the mode of the model that was given."""
     return _cut(model, vocab_size).train()
+
+@check_cut_vocabulary.wrong
+def always_32_bits(model, vocab_size):
+    """A new model has 32 bits, and this one had fewer, so the logits differ:
+    give it the type of the old weights, with `to`."""
+    import torch
+    return _cut(model, vocab_size, dtype=torch.float32)
 
 @check_cut_vocabulary.wrong
 def the_same_weights(model, vocab_size):

@@ -6,8 +6,9 @@ __all__ = ['check_cut_place', 'by_tokens', 'start_held_back', 'token_too_early',
            'as_they_come', 'any_texts', 'handed_back', 'of_the_smallest', 'at_the_limit', 'against_the_first',
            'too_strict', 'first_two_only', 'check_steps_for', 'start_counted_each_time', 'start_forgotten',
            'first_line', 'last_two', 'first_two', 'step_one_not_counted', 'one_too_many', 'rounded', 'math_ceil',
-           'below_nothing', 'first_excluded', 'check_tune', 'as_before', 'worst', 'half', 'beginning_judges',
-           'a_part_unused', 'all_ids', 'no_last_call', 'swapped', 'many_looks', 'loss_of_the_choice', 'last_of_equals']
+           'below_nothing', 'measured_as_they_were', 'first_excluded', 'check_tune', 'as_before', 'worst', 'half',
+           'hundredths', 'beginning_judges', 'a_part_unused', 'all_ids', 'no_last_call', 'swapped', 'many_looks',
+           'loss_of_the_choice', 'last_of_equals']
 
 # %% ../../nbs/16_pretrain.ipynb #4a4f6312
 from ..checking import exercise
@@ -228,6 +229,8 @@ def check_steps_for():
            "the same, with a line for step 0")
     yield ("steps_for(lines(4.0, 4.5, 5.5, 7.0), 10)", 7,
            "three steps took three seconds")
+    yield ("steps_for(lines(4.0, 4.5, 5.5, 7.0), 5.5)", 2,
+           "a second for each step, also for those that were measured")
     yield ("steps_for(lines(1.0, 3.0), 8)", 4,
            "seven seconds are left for steps of two")
     yield ("steps_for(lines(5.0, 6.0), 3)", 0, "not even the first")
@@ -308,6 +311,16 @@ def below_nothing(lines, budget):
     return 1 + int((budget - start) // pace)
 
 @check_steps_for.wrong
+def measured_as_they_were(lines, budget):
+    """The measured steps were counted by their own times. All steps after the
+    first are taken to need the mean."""
+    start, pace = _pace(lines)
+    ended = [x["step"] for x in lines if x["step"] and x["seconds"] <= budget]
+    if len(ended) < sum(x["step"] > 0 for x in lines):
+        return max(ended, default=0)
+    return 1 + int((budget - start) / pace)
+
+@check_steps_for.wrong
 def first_excluded(lines, budget):
     "A step that ends exactly with the budget is within it."
     start, pace = _pace(lines)
@@ -328,8 +341,8 @@ def check_tune():
     def reported(f): return round(told(f)[0][1], 3)
     def kept_apart(f):
         return all(max(t + j) < 90 for t, j, _ in told(f)[1][:-1])
-    def cuts(f):
-        return sorted({(len(t), len(j)) for t, j, _ in told(f)[1][:-1]})
+    def cuts(f, n):
+        return sorted({(len(t), len(j)) for t, j, _ in told(f, n)[1][:-1]})
     def ends(f): return [len(part) for part in told(f)[1][-1][:2]]
     def looks(f): return sum(max(j) >= 90 for _, j, _ in told(f)[1])
     def order(f):
@@ -340,8 +353,10 @@ def check_tune():
     yield ("choice(tune)", 2, "the rate with the lowest loss")
     yield ("kept_apart(tune)", True,
            "the last ten of 100 ids have no part in the comparison")
-    yield ("cuts(tune)", [(81, 9)],
+    yield ("cuts(tune, 100)", [(81, 9)],
            "the training part of 90 is cut as the whole: 81 and 9")
+    yield ("cuts(tune, 25)", [(19, 3)],
+           "the training part of 22 is cut as the whole: 19 and 3")
     yield ("order(tune)", True, "the end of the training part judges")
     yield ("ends(tune)", [90, 10],
            "the last call learns from all 90 and judges the last ten")
@@ -376,6 +391,15 @@ def worst(ids, rates, fit):
 def half(ids, rates, fit):
     "The training part is halved; cut off its last tenth, as from the whole."
     return _tune(ids, rates, fit, inner=5)
+
+@check_tune.wrong
+def hundredths(ids, rates, fit):
+    """The cut was reckoned from the whole, as 81 hundredths. Cut the training
+    part as the whole was cut; rounding makes the two differ."""
+    cut, at = len(ids) * 9 // 10, len(ids) * 81 // 100
+    losses = {r: fit(ids[:at], ids[at:cut], r) for r in rates}
+    best = min(losses, key=losses.get)
+    return best, fit(ids[:cut], ids[cut:], best)
 
 @check_tune.wrong
 def beginning_judges(ids, rates, fit):

@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['check_joint_shape', 'aligned_left', 'nothing_missing', 'cut_to_the_shorter', 'always_fits', 'multiples', 'the_larger',
-           'check_neuron_gradient', 'without_the_bend', 'slope_of_the_inside', 'without_the_two', 'the_same_for_both',
-           'x_for_both', 'turned_round', 'times_w', 'check_linear_backward', 'mean_for_the_bias', 'everything_in_one',
-           'bias_not_summed', 'weight_transposed', 'other_order', 'divided_by_n', 'weights_forgotten',
-           'check_training_step', 'softmax_first', 'softmax_over_the_batch', 'never_forgets', 'forgets_too_early',
-           'keeps_the_graph', 'in_whatever_mode', 'columns_not_taken', 'squeezed_to_nothing']
+           'check_neuron_gradient', 'without_the_bend', 'slope_of_the_inside', 'without_the_two', 'other_order',
+           'tanh_twice', 'the_same_for_both', 'x_for_both', 'turned_round', 'times_w', 'check_linear_backward',
+           'mean_for_the_bias', 'everything_in_one', 'bias_not_summed', 'weight_transposed', 'divided_by_n',
+           'weights_forgotten', 'check_training_step', 'softmax_first', 'softmax_over_the_batch', 'after_the_step',
+           'never_forgets', 'forgets_too_early', 'keeps_the_graph', 'in_whatever_mode', 'columns_not_taken',
+           'squeezed_to_nothing', 'last_squeezed']
 
 # %% ../../nbs/A_pytorch.ipynb #d1b1dcff
 from ..checking import exercise
@@ -121,6 +122,19 @@ def slope_of_the_inside(w, b, x, y):
 def without_the_two(w, b, x, y):
     "The derivative of a square is twice the number; the factor 2 is missing."
     by_z = _chain(w, b, x, y, two=1)
+    return by_z * x, by_z
+
+@check_neuron_gradient.wrong
+def other_order(w, b, x, y):
+    "The order is w, then b."
+    by_z = _chain(w, b, x, y)
+    return by_z, by_z * x
+
+@check_neuron_gradient.wrong
+def tanh_twice(w, b, x, y):
+    """The slope is 1 - tanh(p) ** 2 here, and p is tanh already: 1 - p * p."""
+    import math
+    by_z = _chain(w, b, x, y, bend=lambda z, p: 1 - math.tanh(p) ** 2)
     return by_z * x, by_z
 
 @check_neuron_gradient.wrong
@@ -245,13 +259,13 @@ def check_training_step():
         loss.backward()
         optimizer.step()
         return loss.item()
-    yield ("float(run(training_step)[0][0])", run(right)[0][0],
-           "the loss of four examples, from logits")
+    yield ("type(run(training_step)[0][0]).__name__", "float",
+           "a plain number, without the graph behind it")
+    yield ("run(training_step)[0][0]", run(right)[0][0],
+           "the loss of four examples, from logits, before the step")
     yield ("run(training_step)[1]", run(right)[1], "the weights after a step")
     yield ("run(training_step, steps=3)[1]", run(right, steps=3)[1],
            "the weights after three steps: each sees its own gradient alone")
-    yield ("type(run(training_step)[0][0]).__name__", "float",
-           "a plain number, without the graph behind it")
     yield ("run(training_step, mode=False)[2]", [True],
            "the model was in evaluation mode before, and is called once")
     column = labels[:, None]
@@ -261,6 +275,9 @@ def check_training_step():
     yield ("run(training_step, 1, *last)[1]", run(right, 1, labels[:1],
                                                   inputs[:1])[1],
            "a last batch with one example")
+    flat = labels[:1], inputs[:1]
+    yield ("run(training_step, 1, *flat)[1]", run(right, 1, *flat)[1],
+           "a last batch with one example, its label not in a column")
 
 def _step(model, optimizer, inputs, labels, scores=lambda z: z, forget=True,
           result=lambda loss: loss.item(), flat=lambda y: y.flatten(),
@@ -284,6 +301,16 @@ def softmax_over_the_batch(model, optimizer, inputs, labels):
     """The softmax is still there, and over the batch at that. `cross_entropy`
     wants the logits as they are."""
     return _step(model, optimizer, inputs, labels, lambda z: z.softmax(0))
+
+@check_training_step.wrong
+def after_the_step(model, optimizer, inputs, labels):
+    """This is the loss after the step, from a second look at the batch. What
+    is noted of a training is the loss that led to the step."""
+    import torch
+    from torch.nn import functional as F
+    _step(model, optimizer, inputs, labels)
+    with torch.no_grad(): return F.cross_entropy(model(inputs),
+                                                 labels.flatten()).item()
 
 @check_training_step.wrong
 def never_forgets(model, optimizer, inputs, labels):
@@ -322,5 +349,12 @@ def columns_not_taken(model, optimizer, inputs, labels):
 @check_training_step.wrong
 def squeezed_to_nothing(model, optimizer, inputs, labels):
     """`squeeze()` makes a single number of a column with one label.
-    `flatten()` or `squeeze(1)` keeps the batch."""
+    `flatten()` keeps the batch, whether the labels are (N,) or (N, 1)."""
     return _step(model, optimizer, inputs, labels, flat=lambda y: y.squeeze())
+
+@check_training_step.wrong
+def last_squeezed(model, optimizer, inputs, labels):
+    """`squeeze(-1)` makes a single number of a batch with one label, if labels
+    come as (N,). `flatten()` keeps the batch in any case."""
+    return _step(model, optimizer, inputs, labels,
+                 flat=lambda y: y.squeeze(-1))
