@@ -1,6 +1,5 @@
 """What the book asks of Sphinx beyond Jupyter Book: page numbers, pictures that follow the theme, offline files, links to the source, addresses."""
-import gc, importlib.metadata, os, re
-from configparser import ConfigParser
+import gc, importlib.metadata, os, re, sys
 from collections import Counter
 from copy import deepcopy
 from functools import cache
@@ -13,6 +12,9 @@ from pybtex.plugin import register_plugin
 from pybtex.style.formatting.unsrt import Style
 from pybtex.style.labels import BaseLabelStyle
 from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tools.book import published      # noqa: E402
 
 # A book is millions of small objects, none of them garbage: to look for cycles less often saves a third of the time.
 gc.set_threshold(100_000, 50, 1000)
@@ -85,15 +87,12 @@ def offline(app, config):
 
 def addresses(app, config):
     "Where the book is published, for the site map, its card and the page for what is not found; a fork that publishes it is its own source."
-    settings = ConfigParser()
-    settings.read(Path(__file__).parent.parent/'settings.ini')
-    host, base = settings['DEFAULT']['doc_host'], settings['DEFAULT']['doc_baseurl']
-    if repo := os.environ.get('GITHUB_REPOSITORY'):
-        owner, name = repo.split('/')
-        config.html_theme_options['repository_url'], host, base = f'https://github.com/{repo}', f'https://{owner}.github.io', f'/{name}'
-    config.html_baseurl = config.ogp_site_url = f'{host}{base}/'
-    config.ogp_image = f'{host}{base}/_static/card.png'
-    config.notfound_urls_prefix = f'{base}/'
+    if repo := os.environ.get('GITHUB_REPOSITORY'): config.html_theme_options['repository_url'] = f'https://github.com/{repo}'
+    host, base = published()
+    config.html_baseurl = config.ogp_site_url = f'{host}{base}'
+    config.ogp_image = f'{host}{base}_static/card.png'
+    config.notfound_urls_prefix = base
+    if getattr(config, 'notfound_context', None): config.notfound_context['body'] = config.notfound_context['body'].replace("href='", f"href='{base}")      # it is shown at any depth
 
 
 def name_toggles():

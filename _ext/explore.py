@@ -42,6 +42,7 @@ def tokenizer():
 def attention():
     "The scores of every head on a line of a play, before the mask."
     import torch
+    from llmbook.attention import causal_mask
     from llmbook.core import show_heatmap
     model, bpe = small()
     ids = bpe.encode_ordinary(LINE)
@@ -52,8 +53,7 @@ def attention():
             q, k, _ = block.attention._heads(block.attention_norm(x))
             scores.append(q @ k.transpose(-2, -1) / q.shape[-1]**0.5)
             x = block(x)
-        weights = model.blocks[0].attention.attend(model.blocks[0].attention_norm(
-            model.token_embedding(torch.tensor(ids)) + model.position_embedding(len(ids))))[1]
+    weights = scores[0].masked_fill(~causal_mask(len(ids)), -torch.inf).softmax(-1)
     tokens = names(ids)
     return {'tokens': tokens, 'scores': [[[[round(v, 4) for v in row] for row in head] for head in block.tolist()] for block in scores]}, show_heatmap(weights[0], tokens, tokens, 'block 0, head 0', digits=None, color='query')
 

@@ -52,10 +52,10 @@ def browser():
 def address(built, tmp_path_factory):
     "The book as it is published, below the name of its repository."
     root = tmp_path_factory.mktemp('site')
-    (root/'llmbook').symlink_to(built)
+    (root/book.BASE.strip('/')).symlink_to(built)
     (root/'favicon.ico').write_bytes(b'')      # asked for once by every browser; not ours there
     server, url = serve(root)
-    yield f'{url}/llmbook'
+    yield url + book.BASE.rstrip('/')
     server.shutdown()
 
 
@@ -172,6 +172,7 @@ def test_a_caption_leads_to_the_code_of_its_figure(page):
 def test_what_is_not_found_says_so(page):
     page.goto(f'{page.address}/404.html')
     assert 'This page is not here' in page.text_content('article')
+    assert page.locator('article a').first.get_attribute('href') == f'{book.BASE}nbs/index.html'      # it is shown at any depth
 
 
 def test_plain_text_and_site_map(built):

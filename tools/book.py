@@ -3,7 +3,7 @@
 A warning of the build is an error. Then every page must be there, every link lead somewhere, nothing be loaded from
 outside, and every picture be described; the exit code is 1 and the faults are listed if not.
 """
-import re, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +13,17 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src', 'object': 'data', 'embed': 'src'}
-SETTINGS = ConfigParser()
-SETTINGS.read(ROOT/'settings.ini')
-BASE = SETTINGS['DEFAULT']['doc_baseurl'] + '/'
+def published() -> tuple[str, str]:
+    "Where the book is published, the host and the folder; on a fork that publishes it, the fork's."
+    if repo := os.environ.get('GITHUB_REPOSITORY'):
+        owner, name = repo.split('/')
+        return f'https://{owner}.github.io', f'/{name}/'
+    settings = ConfigParser()
+    settings.read(ROOT/'settings.ini')
+    return settings['DEFAULT']['doc_host'], settings['DEFAULT']['doc_baseurl'] + '/'
+
+
+HOST, BASE = published()
 OUTSIDE = re.compile(r'(?:url\(|@import)\s*["\']?(?:https?:)?//[^)"\']+')
 
 

@@ -11,10 +11,10 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from pypdf import PdfReader, PdfWriter
 
-from tools.book import BASE, ROOT, SETTINGS
+from tools.book import BASE, HOST, ROOT
 from tools.browser import open_browser
 
-BOOK, OUT, HOME = ROOT/'_build'/'html', ROOT/'_build'/'llmbook.pdf', SETTINGS['DEFAULT']['doc_host']
+BOOK, OUT = ROOT/'_build'/'html', ROOT/'_build'/'llmbook.pdf'
 FOOT = '<div style="width: 100%; font-size: 8px; color: #666; text-align: center"><span class="title"></span> · <span class="pageNumber"></span></div>'
 OPEN = "() => document.querySelectorAll('article details:not([class])').forEach(d => { d.open = true })"
 
@@ -37,7 +37,7 @@ def write(browser, pages: list[str], book: Path, out: Path) -> int:
     page = browser.new_page(color_scheme='light')
     page.route('**/*', give)
     for name in pages:
-        page.goto(f'{HOME}{BASE}{name}.html')
+        page.goto(f'{HOST}{BASE}{name}.html')
         page.evaluate('() => window.MathJax?.startup?.promise')
         page.evaluate(OPEN)
         printed = page.pdf(format='A4', outline=True, tagged=True, display_header_footer=True, header_template='<span></span>', footer_template=FOOT, margin=dict(top='16mm', bottom='16mm', left='14mm', right='14mm'))

@@ -5,7 +5,7 @@ llmbook.explorable('writer', ({prompt, size}) => {
   const heat = slider('Temperature', 0, 2, 0.1, 0.8, x => x.toFixed(1), () => {})
   const button = make('button', {type: 'button', class: 'llm-do', onclick: () => { if (writing) writing = false; else write() }}, 'Write')
   const status = make('p', {role: 'status'}, `The first time, ${size} MB of weights are loaded.`), progress = make('p', {class: 'llm-note'})
-  const controls = make('div', {class: 'llm-controls', hidden: true}), words = make('p', {'aria-live': 'polite'}), look = make('div', {}, words)
+  const controls = make('div', {class: 'llm-controls'}), words = make('p', {'aria-live': 'polite'}), look = make('div', {}, words)
   let writing = false, model, bpe, written = [], at = -1, block = 0, head = 0
   const name = id => bpe.bytes(id).length ? visible(bpe.bytes(id)) : '<|endoftext|>'
   box.value = prompt
@@ -60,7 +60,6 @@ llmbook.explorable('writer', ({prompt, size}) => {
         await new Promise(done => setTimeout(done))
       }
       status.textContent = `${n < LENGTH ? 'Stopped' : 'Done'}. Underlined is what you typed; choose another token to see what else could have stood there.`
-      controls.hidden = false
       row.choose(written[at < 0 ? written.length - 1 : at].button)
     } catch (error) { status.textContent = `It cannot write: ${error.message}.` }
     writing = false
