@@ -11,10 +11,11 @@ PY := $(BIN)/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf test faults lab student serve pages bench model clean
+.PHONY: help book draft pdf test faults lab student serve pages peers bench bench-full model clean
 
 help:        ## this list
 	@echo "make book    build the book into _build/html (without a warning, from the stored outputs)"
+	@echo "make draft   build only the pages that have changed since, in seconds and without the checks"
 	@echo "make pdf     print the book into _build/llmbook.pdf (needs Chromium; takes minutes)"
 	@echo "make test    prove everything: export, clean, every page, every stored output, tests/"
 	@echo "make faults  kill trainings fifty times, resume each, and spoil checkpoints in thousands of ways (takes minutes)"
@@ -22,7 +23,8 @@ help:        ## this list
 	@echo "make lab     open the pages in JupyterLab (DIR=_build/student for the student edition)"
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
 	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
-	@echo "make bench   measure tokenizer, data, generation and pretraining beside their peers, each in one run"
+	@echo "make bench   measure tokenizer, data, training and generation beside their peers, in one run of minutes"
+	@echo "make bench-full  measure all, with more rounds, and how cost grows (takes an hour; NANOGPT=folder adds a checkout of nanoGPT)"
 	@echo "make model   train the small model that the package ships, anew (about two minutes)"
 	@echo "make clean   remove what was built; .venv and the student edition stay"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."
@@ -36,6 +38,9 @@ $(READY): constraints.txt pyproject.toml
 
 book: $(READY)
 	$(PY) -m tools.book
+
+draft: $(READY)
+	$(PY) -m tools.book --changed
 
 pdf: book
 	$(PY) -m tools.pdf
@@ -59,11 +64,14 @@ student: $(READY)
 pages: $(READY)
 	$(PY) -m tools.pages $(PAGE)
 
-bench: $(READY)
-	$(PY) benchmarks/bpe.py
-	$(PY) benchmarks/data.py
-	$(PY) benchmarks/generate.py
-	$(PY) benchmarks/pretrain.py
+peers: $(READY)
+	$(PY) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
+
+bench: peers
+	$(PY) -m benchmarks
+
+bench-full: peers
+	$(PY) -m benchmarks --full
 
 model: $(READY)
 	$(PY) -m tools.make_model

@@ -110,7 +110,7 @@ class Ledger(pytest.Item):
 
 def pytest_collection_modifyitems(items):
     "The files that take minutes for a few tests begin, so that no process waits for another in the end."
-    long = 'tests/test_platforms.py', 'tests/test_browser.py', 'tests/test_exercises.py', 'nbs/15_distributed.ipynb', 'nbs/13_schedule.ipynb', 'nbs/12_train.ipynb', 'tests/test_pretrain.py', 'tests/test_cli.py'
+    long = 'tests/test_platforms.py', 'tests/test_browser.py', 'tests/test_exercises.py', 'nbs/15_distributed.ipynb', 'nbs/13_schedule.ipynb', 'nbs/12_train.ipynb', 'tests/test_pretrain.py', 'tests/test_data.py', 'tests/test_distributed.py', 'tests/test_cli.py'
     items.sort(key=lambda item: next((k for k, name in enumerate(long) if item.nodeid.startswith(name)), len(long)))
 
 

@@ -1,16 +1,19 @@
 """What the book asks of Sphinx beyond Jupyter Book: page numbers, pictures that follow the theme, offline files, links to the source, addresses."""
-import gc, importlib.metadata, os, re, sys
+import gc, importlib.util, os, re, sys
 from collections import Counter
 from copy import deepcopy
 from functools import cache
 from html import escape
 from pathlib import Path
 
+import pybtex.plugin
 import pydata_sphinx_theme.toctree as toctree
 from docutils import nodes
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.unsrt import Style
 from pybtex.style.labels import BaseLabelStyle
+from sphinx.addnodes import toctree as toctree_node
+from sphinx.pycode import ModuleAnalyzer
 from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -18,7 +21,7 @@ from tools.book import published      # noqa: E402
 
 # A book is millions of small objects, none of them garbage: to look for cycles less often saves a third of the time.
 gc.set_threshold(100_000, 50, 1000)
-importlib.metadata.entry_points = cache(importlib.metadata.entry_points)      # pybtex asks for the same ones, some hundred times
+pybtex.plugin.entry_points = cache(pybtex.plugin.entry_points)      # it asks for the same ones, some hundred times
 
 
 def number_by_file(app):
@@ -43,14 +46,31 @@ def number_by_file(app):
 
     def assign_figure_numbers(self, env):
         "Pages with a letter are in parts without numbers: their figures and exercises begin with the letter, `A.1`."
-        before = deepcopy(env.toc_fignumbers)
-        figures(self, env)
+        before, whole = deepcopy(env.toc_fignumbers), env.get_doctree
+        kept = env.__dict__.setdefault('skeletons', {})      # goes from build to build with all that Sphinx remembers
+        def get_doctree(doc):
+            if kept.get(doc, [None])[0] != env.all_docs[doc]: kept[doc] = env.all_docs[doc], skeleton(whole(doc), env)
+            return kept[doc][1]
+        env.get_doctree = get_doctree
+        try: figures(self, env)
+        finally: del env.get_doctree
         for doc, kinds in env.toc_fignumbers.items():
             if m := re.search(r'(?:^|/)([A-Z])_\w+$', doc):
                 for kind, places in kinds.items(): kinds[kind] = {place: (m[1], k) for k, place in enumerate(places, 1)}
         return changed(before, env.toc_fignumbers)
 
     TocTreeCollectorWithStyles.assign_figure_numbers = assign_figure_numbers
+
+
+def skeleton(node, env):
+    "Sections, lists of pages and what has a number: all that numbering reads. The whole of all pages would take a second in every build."
+    out = nodes.section(ids=node['ids']) if isinstance(node, nodes.section) else nodes.container()
+    for child in node.children:
+        if isinstance(child, toctree_node) or isinstance(child, nodes.Element) and any(d.get_enumerable_node_type(child) for d in env.domains.values()): out += child.deepcopy()
+        elif isinstance(child, nodes.Element) and (isinstance(child, nodes.section) or child.children):
+            part = skeleton(child, env)
+            if part.children or isinstance(child, nodes.section): out += part
+    return out
 
 
 def inline_pictures(app, doctree, docname):
@@ -121,6 +141,12 @@ def thebe_once(app, pagename, templatename, context, doctree):
         seen.add(body)
 
 
+def find_source(modname: str) -> tuple[str, str]:
+    "File and text of a module of the package, which need not be imported, and torch with it, for its page to be found unchanged."
+    spec = importlib.util.find_spec(modname)
+    return spec.origin, spec.loader.get_source(modname)
+
+
 class Labels(BaseLabelStyle):
     "Works are called as the pages call them, by author and year."
 
@@ -135,7 +161,12 @@ class Labels(BaseLabelStyle):
 
 
 class Works(Style):
-    default_label_style, default_sorting_style = Labels, 'author_year_title'
+    default_label_style, default_sorting_style, done = Labels, 'author_year_title', {}
+
+    def format_entry(self, label, entry, bib_data=None):
+        "A work as it is printed; each is asked for several times, and takes its while."
+        if (label, entry.key) not in self.done: self.done[label, entry.key] = super().format_entry(label, entry, bib_data)
+        return self.done[label, entry.key]
 
 
 def setup(app):
@@ -143,6 +174,7 @@ def setup(app):
     app.connect('config-inited', offline, priority=900)
     app.connect('config-inited', addresses, priority=10)      # before the extensions that read them
     name_toggles()
+    ModuleAnalyzer.get_module_source = staticmethod(find_source)
     app.connect('builder-inited', number_by_file, priority=900)
     app.connect('doctree-resolved', inline_pictures)
     app.connect('html-page-context', thebe_once, priority=900)

@@ -1,5 +1,5 @@
 """Say on a page what made the book: versions, the machine, and how each page was proved (`conftest.py` notes it)."""
-import json, os, platform
+import json, platform
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path

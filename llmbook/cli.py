@@ -541,6 +541,49 @@ def _cores() -> int: # that this program may use
     if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+_KEEP = {     # what tells glibc to keep what it is given back
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "MALLOC_TOP_PAD_": str(2**26)}
+
+def _allocators() -> dict[str, dict[str, str]]: # name to variables
+    "Allocators that could be used here instead of the usual one."
+    import platform
+    from ctypes.util import find_library
+    if not sys.platform.startswith("linux"): return {}
+    names = {"tcmalloc": "tcmalloc_minimal", "jemalloc": "jemalloc"}
+    found = {name: {"LD_PRELOAD": library} for name, word in names.items()
+             if (library := find_library(word))}
+    if platform.libc_ver()[0] == "glibc": found["glibc, told to keep"] = _KEEP
+    return found
+
+def _large_speed(
+    seconds: float, # how long, at least
+) -> float: # tokens per second
+    "Train a model whose tensors are so large that they are given back."
+    import torch
+    from llmbook.gpt import GPT, GPTConfig
+    from llmbook.train import Trainer
+    batch = tuple(torch.randint(8192, (2, 8, 256)))
+    return _speed(Trainer(GPT(GPTConfig(8192, 256, 4, 4, 256)), [batch]),
+                  seconds)
+
+def _with_allocators(
+    seconds: float, # in all, about, but for the starts
+    choices: dict[str, dict[str, str]], # name to variables
+) -> dict[str, float]: # tokens per second; "": as it is now
+    "The same training in processes that start with other variables."
+    import subprocess
+    code = "from llmbook.cli import _large_speed as f; print(f({}))"
+    def speed(variables, seconds):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(seconds)], text=True,
+            capture_output=True, env=os.environ | variables)
+        return float(done.stdout) if done.returncode == 0 else 0.0
+    part = seconds / (len(choices) + 2)
+    now = speed({}, part)
+    found = {name: speed(v, part) for name, v in choices.items()}
+    return {"": max(now, speed({}, part)), **found}   # a slow moment is none
+
 def _memory() -> str: # in gibibytes
     "How much memory the machine has, if it says so."
     try: size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -593,6 +636,17 @@ class Doctor:
         for n, speed in speeds.items(): tell(
             "speed", f"{speed:,.0f} tokens per second on {device} with {n} "
             f"thread{'s' * (n > 1)}{', as now' * (n == now)}")
+        if (device.type == "cpu" and not os.environ.get("LD_PRELOAD")
+                and (choices := _allocators())):
+            found = _with_allocators(self.seconds, choices)
+            for name, speed in found.items(): tell("allocator", (
+                f"{speed:,.0f} tokens per second of a larger model, "
+                f"{name or 'as now'}"))
+            best_one = max(found, key=found.get)
+            if found[best_one] > 1.05 * found[""]: advice.append(
+                "for larger models, memory that is kept is quicker; start "
+                "with " + " ".join(f"{k}={v}" for k, v in
+                                   choices[best_one].items()))
         c = PretrainConfig()
         tokens = c.max_steps * c.batch_size * c.accumulate * c.context_length
         tell("training", f"`llmbook pretrain` takes about "

@@ -97,3 +97,24 @@ def test_pages_are_numbered_as_their_files_are_named(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path/'_build'/'html'/'A_more.html').read_text(encoding='utf-8')
     assert 'Fig. A.1' in page and 'Fig. A.2' in page and 'Fig. 3.1' in page
+
+
+def test_all_pages_are_built_or_only_what_has_changed(small_book, monkeypatch):
+    said, kept = [], book.ROOT/'_build'/'html'/'old.html'
+    monkeypatch.setattr(book.subprocess, 'run', lambda command, cwd: said.append(command) or subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(book, 'check', lambda folder: ['a fault'])
+    def ends(*arguments):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text('')
+        monkeypatch.setattr(sys, 'argv', ['book', *arguments])
+        with pytest.raises(SystemExit) as end: book.main()
+        return end.value.code
+    assert ends() == '1 faults in the book:\na fault' and '--all' in said[0] and not kept.exists()      # nothing of a former build hides a dead link
+    assert ends('--changed') == 0 and '--all' not in said[1] and kept.exists() and '-W' in said[1]
+    assert ends('--some') == 'unknown: --some. Say nothing for the whole book, or --changed.' and len(said) == 2
+
+
+def test_the_source_of_a_module_is_found_without_importing_it():
+    code = 'import sys; sys.path.insert(0, "_ext"); import book; print(book.find_source("llmbook.bpe")[0]); sys.exit("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=Path(book.__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and Path(done.stdout.strip()).name == 'bpe.py', done.stderr

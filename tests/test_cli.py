@@ -608,6 +608,7 @@ def test_info_on_weights_of_others(there, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(pretrain_module, '_compile_fault', lambda kind: None)      # the true one takes seconds
+    monkeypatch.setattr(cli, '_allocators', dict)                                  # and so does trying them; the page does it
 
 
 def test_each_number_of_threads_has_its_turn(monkeypatch):
@@ -644,6 +645,34 @@ def test_doctor_says_what_is_wrong_and_what_to_do(there, quick, monkeypatch):
     assert code == 1 and 'cpu adds wrongly: install PyTorch and the driver anew' in out
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
     assert 'make room on the disk' in there('doctor')[1]
+
+
+def test_doctor_advises_an_allocator_that_is_clearly_faster(there, quick, monkeypatch):
+    monkeypatch.setattr(cli, '_speeds', lambda device, seconds, cores: {2: 1000.0})
+    monkeypatch.setattr(cli, '_allocators', lambda: {'keep': {'A': '1', 'B': '2'}, 'other': {'C': '3'}})
+    monkeypatch.delenv('LD_PRELOAD', raising=False)
+    monkeypatch.setattr(cli, '_with_allocators', lambda seconds, choices: {'': 100.0, 'keep': 106.0, 'other': 90.0})
+    out = there('doctor')[1]
+    assert '100 tokens per second of a larger model, as now' in out and 'is quicker; start with A=1 B=2' in out
+    monkeypatch.setattr(cli, '_with_allocators', lambda seconds, choices: {'': 100.0, 'keep': 104.0, 'other': 90.0})
+    assert re.search('what to do: nothing$', there('doctor')[1].strip())
+    monkeypatch.setenv('LD_PRELOAD', 'libjemalloc.so.2')      # someone has chosen already
+    monkeypatch.setattr(cli, '_with_allocators', None)
+    assert 'larger model' not in there('doctor')[1]
+
+
+def test_allocators_are_tried_in_processes_that_start_with_them(monkeypatch):
+    speeds, seen = iter(['90', '120', 'x', '100']), []
+    def run(command, env, **more):
+        seen.append(env.get('LLMBOOK_TRY'))
+        said = next(speeds)
+        return subprocess.CompletedProcess(command, said == 'x', said, '')
+    monkeypatch.setattr(subprocess, 'run', run)
+    found = cli._with_allocators(0.1, {'a': {'LLMBOOK_TRY': 'a'}, 'broken': {'LLMBOOK_TRY': 'b'}})
+    assert found == {'': 100.0, 'a': 120.0, 'broken': 0.0} and seen == [None, 'a', 'b', None]      # what is now, before and after: the quicker counts
+    if sys.platform.startswith('linux'): assert all(variables for variables in cli._allocators().values())
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    assert cli._allocators() == {}
 
 
 def test_exactness_is_judged_by_what_must_be_equal(monkeypatch):

@@ -1,10 +1,10 @@
 "Every exercise is proved: its solution passes, its wrong answers fail with their own hints, and no constant passes; and what is made of the exercises."
-import importlib, json, os, re, shutil, subprocess, sys
+import copy, functools, importlib, itertools, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from llmbook.checking import all_exercises, check_file, find_exercise
+from llmbook.checking import Exercise, all_exercises, check_file, find_exercise
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tools import student
@@ -39,9 +39,28 @@ def test_the_solution_passes(number, record_property):
     record_property('checkers', 1)
 
 
+class Once(Exercise):
+    "An exercise that works out once what its wrong answers do; only the answer that is checked, the first to be asked for, runs anew each time."
+    def check(self, answer):
+        self.mine = True
+        return super().check(answer)
+
+    def outcomes(self, answer):
+        if self.mine:
+            self.mine = False
+            return super().outcomes(answer)
+        self.kept = getattr(self, 'kept', {})
+        if answer not in self.kept: self.kept[answer], = itertools.tee(super().outcomes(answer), 1)
+        return copy.copy(self.kept[answer])
+
+
+@functools.lru_cache(1)      # what is kept goes with the next exercise
+def once(number): return Once(**vars(find_exercise(number)))
+
+
 @pytest.mark.parametrize('number, name', [(e.number, name) for e in all_exercises() for name in e.wrong_answers])
 def test_each_wrong_answer_fails_with_its_own_hint(number, name, record_property):
-    task = find_exercise(number)
+    task = once(number)
     wrong = task.wrong_answers[name]
     hint = ' '.join((wrong.__doc__ or '').split())
     assert len(hint.split()) >= 4, 'a wrong answer says in its docstring what is wrong'
@@ -62,11 +81,17 @@ def constants(number):
     return given
 
 
+def passes(task, answer):
+    "As `check` says; but the first claim that fails settles it, and nobody asks which mistake it is."
+    return all(outcome.holds for outcome in task.outcomes(answer))
+
+
 @by_number
 def test_no_constant_passes(number, record_property):
     task, given = find_exercise(number), constants(number)
-    for value in given: assert not task.check(lambda *args, value=value: value).passed, f'always giving {value!r} passes'
-    assert not task.check(lambda *args: args[0] if args else None).passed, 'giving back the argument passes'
+    assert passes(task, solve(number)) and not task.check(lambda *args: None).passed
+    for value in given: assert not passes(task, lambda *args, value=value: value), f'always giving {value!r} passes'
+    assert not passes(task, lambda *args: args[0] if args else None), 'giving back the argument passes'
     record_property('constant answers refused', len(given))
 
 
@@ -237,8 +262,9 @@ def test_the_student_edition_is_the_page_up_to_its_first_exercise(page):
 
 
 def test_the_student_edition_stops_at_its_first_exercise(tmp_path):
-    error, cell = run(student.student(WITH[1]), tmp_path)
-    first = blocks(PAGES[WITH[1]])[0]
+    page = ROOT/'nbs'/'02_words.ipynb'
+    error, cell = run(student.student(page), tmp_path)
+    first = blocks(PAGES[page])[0]
     assert cell.source == first.one('check').source
     assert error.ename == 'NotYet' and f'{first.number} waits for you' in str(error)
     assert 'Traceback' not in str(error) and 'checking.py' not in str(error)

@@ -581,12 +581,14 @@ def test_a_second_real_interrupt_does_not_wait():
 # ---- the live line
 
 @pytest.mark.skipif(os.name == 'nt', reason='no pseudo-terminal')
-@pytest.mark.parametrize('progress, disable, shown', [('None', {}, True), ('False', {}, False), ('True', {}, True), ('None', {'TQDM_DISABLE': '1'}, False)])
-def test_a_terminal_gets_a_live_line(progress, disable, shown):
+@pytest.mark.parametrize('wanted, disable', [({'None': True, 'False': False, 'True': True}, {}), ({'None': False}, {'TQDM_DISABLE': '1'})])
+def test_a_terminal_gets_a_live_line(wanted, disable):
+    "Several trainings in a process, a mark on the terminal after each."
     import fcntl, pty, struct, termios
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))     # rows and columns
-    code = SCRIPT.replace('SLEEP', '0').replace('PROGRESS', progress).replace('WORKERS', '0').replace('100_000', '30').replace('evaluate_every=1', 'evaluate_every=10')
+    setup, *training = SCRIPT.replace('SLEEP', '0').replace('WORKERS', '0').replace('100_000', '30').replace('evaluate_every=1', 'evaluate_every=10').partition('set_seed(1)')
+    code = setup + ''.join(''.join(training).replace('PROGRESS', progress) + 'print("<end>", file=sys.stderr, flush=True)\n' for progress in wanted)
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=theirs, text=True, env={**LOUD, **disable})
     out, _ = process.communicate(timeout=60)
     os.set_blocking(ours, False)                                              # what has been written is lost once both ends are closed
@@ -595,8 +597,9 @@ def test_a_terminal_gets_a_live_line(progress, disable, shown):
         while part := os.read(ours, 4096): seen += part
     except BlockingIOError: pass
     os.close(ours), os.close(theirs)
-    assert (b'/30 [' in seen and b'loss' in seen) == shown, seen
-    assert out.startswith('step     0\nstep    10, ')
+    *parts, rest = seen.split(b'<end>')
+    assert [(b'/30 [' in part and b'loss' in part) for part in parts] == [*wanted.values()] and rest.strip() == b'', seen
+    assert out.count('step     0\nstep    10, ') == len(wanted)
 
 
 @pytest.mark.parametrize('stream, progress, want', [('ipykernel.iostream', None, {}), ('io', None, {'disable': True}), ('none', None, {'disable': True}),

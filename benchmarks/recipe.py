@@ -1,6 +1,6 @@
 """Shakespeare in about a minute: what each step of our recipe buys, beside nanoGPT's setting for a CPU, in one run.
 
-    python benchmarks/pretrain.py [--seeds 3] [--write]
+    python -m benchmarks.recipe [--seeds 3] [--write]
 
 All contenders are GPTs of 4 layers, 4 heads and width 128 with a context of 64, trained by this package; the first has the
 setting that nanoGPT's README gives for a laptop (characters, batch 12, 2,000 steps, rate 1e-3 falling to 1e-4, no biases,
@@ -107,9 +107,9 @@ def texts(dev: bool = False) -> tuple[str, str]:
     return (train[:int(0.9*cut)], train[int(0.9*cut):]) if dev else (train, held_out)
 
 
-def seconds(rounds: int, dev: bool = False) -> dict[str, float]:
+def seconds(rounds: int, dev: bool = False, rows: list[Recipe] = ROWS) -> dict[str, float]:
     "What each recipe takes, its tokens included: the contenders take turns, and the median pace counts."
-    contenders = [Contender(r, 1, *texts(dev)) for r in ROWS]
+    contenders = [Contender(r, 1, *texts(dev)) for r in rows]
     for c in contenders: c.pace(5)
     paces = {c.recipe.name: [] for c in contenders}
     for k in range(rounds):
@@ -117,17 +117,17 @@ def seconds(rounds: int, dev: bool = False) -> dict[str, float]:
     return {c.recipe.name: c.before + c.recipe.steps*statistics.median(paces[c.recipe.name]) for c in contenders}
 
 
-def one_loss(seed: int, row: int, dev: bool) -> float:
+def one_loss(seed: int, recipe: Recipe, dev: bool) -> float:
     "For a process of its own, with one thread."
     torch.set_num_threads(1)
-    return Contender(ROWS[row], seed, *texts(dev)).loss()
+    return Contender(recipe, seed, *texts(dev)).loss()
 
 
-def losses(seeds: int, dev: bool = False) -> dict[str, list[float]]:
+def losses(seeds: int, dev: bool = False, rows: list[Recipe] = ROWS) -> dict[str, list[float]]:
     "Nats per byte of each recipe, for each seed; as many trainings side by side as there are threads."
-    found = {r.name: [] for r in ROWS}
+    found = {r.name: [] for r in rows}
     with ProcessPoolExecutor(THREADS, get_context('spawn')) as pool:
-        waiting = [(seed, r, pool.submit(one_loss, seed, k, dev)) for seed in range(1, seeds + 1) for k, r in enumerate(ROWS)]
+        waiting = [(seed, r, pool.submit(one_loss, seed, r, dev)) for seed in range(1, seeds + 1) for r in rows]
         for seed, r, future in waiting:
             found[r.name].append(future.result())
             print(f'seed {seed}  {r.name:34} {r.steps:5} steps  {found[r.name][-1]:.4f}', flush=True)
