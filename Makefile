@@ -24,7 +24,7 @@ help:        ## this list
 	@echo "make pages   run the pages and store their outputs (PAGE=03_bpe for one)"
 	@echo "make student write the pages without their solutions, to work in; what you have worked in is kept"
 	@echo "make bench   measure tokenizer, data, training and generation beside their peers, in one run of minutes"
-	@echo "make bench-full  measure all, with more rounds, and how cost grows (takes an hour; NANOGPT=folder adds a checkout of nanoGPT)"
+	@echo "make bench-full  measure all, with more rounds, and how cost grows (takes much longer; NANOGPT=folder adds a checkout of nanoGPT)"
 	@echo "make model   train the small model that the package ships, anew (about two minutes)"
 	@echo "make clean   remove what was built; .venv and the student edition stay"
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from."

@@ -1,9 +1,9 @@
-"""The book's package beside its peers, in one run: `make bench` (under ten minutes), `make bench-full` (all, about an hour).
+"""The book's package beside its peers, in one run: `make bench` (the short form), `make bench-full` (all, and much longer).
 
     python -m benchmarks [--full] [--only train,windows] [--nanogpt FOLDER] [--out results.json]
 
-Prints a table and writes it as JSON. `--nanogpt` names a checkout of nanoGPT, which is on no package index; without it the rows
-go without it, and goals that need it are left open.
+Prints a table and writes it as JSON. `--nanogpt` names a checkout of nanoGPT, which is on no package index; goals are judged by
+the peers that are there, and left open where none of those they name is.
 """
 import argparse, json, os, platform, sys, time
 from datetime import date

@@ -183,15 +183,17 @@ def judge(goal: Goal, turns: dict[str, list[dict]]) -> dict:
             'met': value <= goal.bound if goal.at_most else value >= goal.bound}
 
 
+def quickest(work: Callable[[], Any], turns: int) -> float:
+    "Seconds of the best turn."
+    def once():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    return min(once() for _ in range(turns))
+
+
 def limits() -> Job:
     "What the machine can do at most: read from memory, and multiply matrices."
     import torch
     x, a = torch.ones(2**27), torch.rand(2048, 2048)
-    def best(work, turns=5):
-        def once():
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-        once()
-        return min(once() for _ in range(turns))
-    return Job(lambda _: {'bytes': x.nbytes / best(x.sum), 'flops': 2 * 2048**3 / best(lambda: a @ a)})
+    return Job(lambda _: {'bytes': x.nbytes / quickest(x.sum, 6), 'flops': 2 * 2048**3 / quickest(lambda: a @ a, 6)})

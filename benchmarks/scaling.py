@@ -1,12 +1,11 @@
 """How cost grows: with the model, the context, the text and the number of processes, each with the power that fits it best."""
 import json, os, subprocess, sys
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.harness import environment, quickest
 from llmbook.bpe import BPETokenizer, gpt2_tokenizer
 from llmbook.budget import forward_flops
 from llmbook.core import load_text
@@ -23,22 +22,13 @@ def fit(sizes, costs) -> float:
     return round(float(np.polyfit(np.log(sizes), np.log(costs), 1)[0]), 2)
 
 
-def quickest(work, turns: int = TURNS) -> float:
-    "Seconds."
-    def once():
-        start = perf_counter()
-        work()
-        return perf_counter() - start
-    return min(once() for _ in range(turns))
-
-
 def step(config: GPTConfig, tokens: int = TOKENS) -> float:
     "Seconds of a step of training."
     torch.manual_seed(1)
     batch = tokens // config.context_length
     trainer = Trainer(GPT(config), [tuple(torch.randint(config.vocab_size, (2, batch, config.context_length)))], TrainConfig(10**6))
     trainer.update()
-    return quickest(trainer.update)
+    return quickest(trainer.update, TURNS)
 
 
 def sweep(title: str, size: str, cost: str, sizes: list, costs: list, note: str = '') -> dict:
@@ -64,8 +54,8 @@ def texts() -> list[dict]:
     text = load_text('shakespeare')
     parts = [text[:len(text) // k] for k in (16, 8, 4, 2, 1)]
     sizes = [len(p.encode()) for p in parts]
-    return [sweep('the text, learning a tokenizer', 'bytes', 'seconds', sizes, [quickest(lambda: BPETokenizer.train(p, 1000, progress=False)) for p in parts], '1,000 ids'),
-            sweep('the text, encoding', 'bytes', 'seconds', sizes, [quickest(lambda: gpt2_tokenizer().encode(p)) for p in parts], "a fresh tokenizer with GPT-2's merges")]
+    return [sweep('the text, learning a tokenizer', 'bytes', 'seconds', sizes, [quickest(lambda: BPETokenizer.train(p, 1000, progress=False), TURNS) for p in parts], '1,000 ids'),
+            sweep('the text, encoding', 'bytes', 'seconds', sizes, [quickest(lambda: gpt2_tokenizer().encode(p), TURNS) for p in parts], "a fresh tokenizer with GPT-2's merges")]
 
 
 def one_of_many() -> None:
@@ -77,7 +67,7 @@ def one_of_many() -> None:
         loader = make_dataloader(torch.randint(1024, (100_000,)), 128, TOKENS // 128, seed=1)
         trainer = DistributedTrainer(world, GPT(config), loader, TrainConfig(10**6))
         trainer.update()
-        seconds = quickest(lambda: [trainer.update() for _ in range(4)]) / 4
+        seconds = quickest(lambda: [trainer.update() for _ in range(4)], TURNS) / 4
         if world.rank == 0: print(json.dumps(seconds), flush=True)
 
 

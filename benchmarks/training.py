@@ -21,21 +21,25 @@ SIZES = {      # (config, batch, steps of a turn)
 }
 
 
-def start(size: str) -> tuple[GPT, list]:
-    "The weights and the batches that all begin with."
-    config, batch, _ = SIZES[size]
+def start(size: str) -> GPT:
+    "The weights that all begin with."
     torch.manual_seed(1)
-    model = GPT(config)
-    return model, [tuple(torch.randint(config.vocab_size, (2, batch, config.context_length))) for _ in range(4)]
+    return GPT(SIZES[size][0])
+
+
+def batches(size: str) -> list:
+    "The inputs and targets that all read."
+    config, batch, _ = SIZES[size]
+    chance = torch.Generator().manual_seed(2)
+    return [tuple(torch.randint(config.vocab_size, (2, batch, config.context_length), generator=chance)) for _ in range(4)]
 
 
 def steps(size: str, step) -> Job:
     "Turns of steps; `step` takes inputs and targets, and gives the loss."
     config, batch, n = SIZES[size]
-    _, batches = start(size)
-    losses = []
+    read, losses = batches(size), []
     def turn(_):
-        for _ in range(n): losses.append(float(step(*batches[len(losses) % len(batches)])))
+        for _ in range(n): losses.append(float(step(*read[len(losses) % len(read)])))
         return {'units': n * batch * config.context_length, 'result': losses[:3]}
     flops = 3 * forward_flops(config.vocab_size, config.context_length, config.n_layer, config.n_embd)
     return Job(turn, limit={'flops': flops})
@@ -56,15 +60,14 @@ def usual(model, optimizer, loss, clip: float | None = CLIP):
 
 def ours(size: str) -> Job:
     "The book's trainer, with its defaults."
-    model, batches = start(size)
-    trainer = Trainer(model, batches, TrainConfig(10**6, RATE, DECAY, BETAS, CLIP))
+    trainer = Trainer(start(size), batches(size), TrainConfig(10**6, RATE, DECAY, BETAS, CLIP))
     return steps(size, lambda x, y: trainer.update())
 
 
 def transformers(size: str) -> Job:
     "GPT2LMHeadModel, with what its Trainer does by default: fused AdamW, gradients clipped."
     from transformers import GPT2Config, GPT2LMHeadModel
-    c, (mine, _) = SIZES[size][0], start(size)
+    c, mine = SIZES[size][0], start(size)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
     model.load_state_dict(_published(mine), strict=False)
@@ -79,7 +82,7 @@ def nanogpt(size: str, path: str, compiled: bool = False) -> Job:
     spec = importlib.util.spec_from_file_location('nanogpt', Path(path)/'model.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c, (mine, _) = SIZES[size][0], start(size)
+    c, mine = SIZES[size][0], start(size)
     model = module.GPT(module.GPTConfig(block_size=c.context_length, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=True))
     weights = {f'transformer.{gpt2_name(name)[0]}': p for name, p in mine.named_parameters()}
     left = model.load_state_dict(weights, strict=False)
@@ -92,7 +95,7 @@ def nanogpt(size: str, path: str, compiled: bool = False) -> Job:
 def from_scratch(size: str) -> Job:
     "GPTModel of LLMs-from-scratch, trained as its chapter 5 does: AdamW, no clipping; its head has weights of its own."
     from llms_from_scratch.ch04 import GPTModel
-    c, (mine, _) = SIZES[size][0], start(size)
+    c, mine = SIZES[size][0], start(size)
     model = GPTModel(dict(vocab_size=c.vocab_size, context_length=c.context_length, emb_dim=c.n_embd, n_heads=c.n_head, n_layers=c.n_layer, drop_rate=0.0, qkv_bias=True))
     model.load_state_dict(their_weights(mine), strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
