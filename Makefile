@@ -46,7 +46,7 @@ pdf: book
 	$(PY) -m tools.pdf
 
 test: $(READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 3
 
 faults: $(READY)
 	$(PY) tests/faults.py

@@ -10,7 +10,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import generation, project, recipe, scaling, tokens, training
+from benchmarks import generation, project, recipe, scaling, shares, tokens, training
 from benchmarks.harness import Contender, Row, limits, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +72,9 @@ def main():
     parser.add_argument('--out', type=Path, default=ROOT/'_build'/'benchmarks.json', help='file for the record')
     asked = parser.parse_args()
     if asked.nanogpt and not (Path(asked.nanogpt)/'model.py').exists(): parser.error(f'--nanogpt {asked.nanogpt} has no model.py; name a checkout of nanoGPT')
+    sys.stdout.reconfigure(line_buffering=True)      # also in a file a row is seen when it is done
     start, wanted = time.time(), tuple(filter(None, asked.only.split(',')))
-    rows = [*tokens.rows(asked.full), *training.rows(asked.full, asked.nanogpt), *generation.rows(asked.full), *project.rows(asked.full)]
+    rows = [*project.rows(asked.full), *tokens.rows(asked.full), *training.rows(asked.full, asked.nanogpt), *generation.rows(asked.full), *shares.rows(asked.full)]
     rows = [r for r in rows if not wanted or r.key.startswith(wanted)]
     record = {'machine': machine(asked.threads), 'full': asked.full, 'limits': {}, 'rows': []}
     def keep():

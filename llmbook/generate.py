@@ -17,6 +17,7 @@ from math import inf
 from operator import index
 from reprlib import repr as brief
 from threading import RLock
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -187,16 +188,29 @@ def _onednn_linear(
         x, linear.weight, linear.bias, "none", [], "")
 
 @lru_cache
-def _onednn_works() -> bool: # whether it is there and computes right
-    "Compare a small product with the usual one."
-    linear = nn.Linear(5, 3, device="meta").to_empty(device="cpu")
-    linear.requires_grad_(False).weight.copy_(torch.arange(15.).view(3, 5))
-    linear.bias.copy_(torch.arange(3.))
-    x = torch.ones(2, 5, device="cpu")
+def _onednn_pays() -> bool: # whether it is there, right, and faster here
+    "Compare a product with the usual one, then race them: the best of nine."
+    layers = [nn.Linear(1024, 1024, device="meta").to_empty(device="cpu")
+              for _ in range(8)]                         # 32 MB of weights
+    for layer in layers:
+        for p in layer.requires_grad_(False).parameters():
+            p.copy_((torch.arange(p.numel(), device="cpu") % 7).view_as(p))
+    x = torch.ones(1, 1024, device="cpu")
+
+    def seconds(product):
+        start = perf_counter()
+        for layer in layers: product(layer, x)
+        return perf_counter() - start
     try:
         with torch.inference_mode():
-            return torch.allclose(_onednn_linear(linear, x), linear(x))
+            usual = nn.Linear.forward
+            if not torch.allclose(_onednn_linear(layers[0], x),
+                                  usual(layers[0], x)): return False
+            times = [(seconds(_onednn_linear), seconds(usual))
+                     for _ in range(9)]
     except (RuntimeError, AttributeError): return False
+    one, other = map(min, zip(*times))
+    return one < 0.9 * other
 
 _MANY = 2**17              # weights from which on a layer gains by it
 _ONE_AT_A_TIME = RLock()   # threads take turns, token by token
@@ -214,7 +228,7 @@ def _at_rest(
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl
                    for m in modules)             # they do it themselves
     if (not quick or compiled or torch.is_autocast_enabled("cpu")
-            or not _onednn_works()): quick = []
+            or not _onednn_pays()): quick = []
     try:
         for m in training: m.training = False
         for m in quick: vars(m)["forward"] = partial(_onednn_linear, m)

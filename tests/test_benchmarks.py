@@ -3,7 +3,7 @@ import importlib.util, json, os
 from pathlib import Path
 
 import pytest
-from benchmarks import __main__ as program, generation, harness, scaling, tokens, training
+from benchmarks import __main__ as program, generation, harness, scaling, shares, tokens, training
 from benchmarks.harness import Contender, Goal, Racer, Row, judge, run
 from contenders import counts, remembers, sees, sleeps
 
@@ -168,3 +168,9 @@ def test_goals_are_judged_by_the_strongest_rival_and_by_medians_of_ratios():
 
 def test_growth_is_fitted():
     assert scaling.fit([1, 2, 4, 8], [3, 12, 48, 192]) == 2 and scaling.fit([1, 10, 100], [5, 50, 500]) == 1
+
+
+def test_every_second_of_a_turn_has_a_kind():
+    assert [shares.kind_of(name) for name in ('aten::addmm_', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::gelu', 'AddmmBackward0')] == ['products', 'attention', 'other operations', None]
+    found = shares.shares(training.ours, size='tiny').turn(None)
+    assert sum(found.values()) == pytest.approx(1) and all(0 < share < 1 for share in found.values())

@@ -502,14 +502,25 @@ def test_a_cache_is_where_the_model_is():
     assert KVCache(model).numbers.is_meta
 
 
-def test_wrong_or_missing_products_are_not_used(monkeypatch):
-    assert module._onednn_works.cache_info()
-    for broken in (lambda l, x: x @ l.weight.T, lambda l, x: torch.ops.mkldnn.no_such_thing(x)):
-        monkeypatch.setattr(module, '_onednn_linear', broken)
-        assert module._onednn_works.__wrapped__() is False
+def test_products_are_used_only_if_they_are_right_and_faster(monkeypatch):
+    assert module._onednn_pays.cache_info()
+    pays = module._onednn_pays.__wrapped__
+    kept = {}
+    def quick(layer, x):
+        if layer not in kept: kept[layer] = nn.Linear.forward(layer, x)
+        return kept[layer]
+    def slow(layer, x):
+        nn.Linear.forward(layer, x)
+        return nn.Linear.forward(layer, x)
+    before = torch.get_rng_state()
+    for product, used in ((quick, True), (slow, False), (lambda l, x: x @ l.weight.T, False), (lambda l, x: torch.ops.mkldnn.no_such_thing(x), False)):
+        monkeypatch.setattr(module, '_onednn_linear', product)
+        assert pays() is used
+    assert torch.equal(torch.get_rng_state(), before)      # a race draws nothing
 
 
-def test_which_layers_get_the_fast_product():
+def test_which_layers_get_the_fast_product(monkeypatch):
+    monkeypatch.setattr(module, '_onednn_pays', lambda: True)
     class Half(nn.Linear):
         def forward(self, x): return super().forward(x) / 2
     own = nn.Linear(512, 512)
@@ -524,6 +535,7 @@ def test_which_layers_get_the_fast_product():
 
 def test_the_fast_product_leaves_nothing_and_loses_no_gradient(monkeypatch):
     monkeypatch.setattr(module, '_MANY', 1)
+    monkeypatch.setattr(module, '_onednn_pays', lambda: True)
     model = wild(V=30, L=20, D=8, dtype=torch.float32)
     want = generate(model, [1], 12, temperature=0)
     assert not any('forward' in vars(m) for m in model.modules())
@@ -532,7 +544,7 @@ def test_the_fast_product_leaves_nothing_and_loses_no_gradient(monkeypatch):
         model(torch.tensor([[1, 2]])).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     with torch.autocast('cpu', torch.bfloat16): assert len(generate(model, [1], 12)) == 13
-    monkeypatch.setattr(module, '_onednn_works', lambda: False)
+    monkeypatch.setattr(module, '_onednn_pays', lambda: False)
     assert generate(model, [1], 12, temperature=0) == want
 
 
