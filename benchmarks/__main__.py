@@ -5,7 +5,7 @@
 Prints a table and writes it as JSON. `--nanogpt` names a checkout of nanoGPT, which is on no package index; goals are judged by
 the peers that are there, and left open where none of those they name is.
 """
-import argparse, json, os, platform, sys, time
+import argparse, hashlib, json, os, platform, sys, time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,14 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = 'torch', 'numpy', 'tokenizers', 'tiktoken', 'transformers', 'llms-from-scratch', 'litgpt'
 
 
-def machine(threads: int) -> dict:
-    "Where it runs, and with what."
+def machine(threads: int, checkout: str | None) -> dict:
+    "Where it runs, and with what; nanoGPT has no versions, so its file is named as Git names it."
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
+    packages = {p: v for p in PACKAGES if (v := installed(p))}
+    if checkout:
+        text = (Path(checkout)/'model.py').read_bytes()
+        packages['nanoGPT'] = hashlib.sha1(b'blob %d\0' % len(text) + text).hexdigest()[:8]
     name = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
     return {'processor': name or platform.machine(), 'cores': os.cpu_count(), 'system': f'{platform.system()} {platform.machine()}', 'python': platform.python_version(),
-            'packages': {p: v for p in PACKAGES if (v := installed(p))}, 'threads': threads, 'date': date.today().isoformat(), 'allocator': training.allocator()[0]}
+            'packages': packages, 'threads': threads, 'date': date.today().isoformat(), 'allocator': training.allocator()[0]}
 
 
 def show(row: dict, most: dict) -> None:
@@ -59,7 +63,7 @@ def equal_time(seeds: int) -> dict:
     theirs, ours = ({'name': r.name, 'steps': r.steps, 'nats per character': found[r.name], 'seconds': round(took[r.name], 1)} for r in pair)
     mean = lambda row: sum(row['nats per character']) / seeds
     gain = round(mean(theirs) - mean(ours), 4)
-    return {'rows': [theirs, ours | {'name': 'ours'}], 'below': gain, 'bound': 0.09, 'met': gain >= 0.09 and ours['seconds'] <= theirs['seconds']}
+    return {'rows': [theirs, ours | {'name': 'llmbook pretrain'}], 'below': gain, 'bound': 0.09, 'met': gain >= 0.09 and ours['seconds'] <= theirs['seconds']}
 
 
 def main():
@@ -76,7 +80,7 @@ def main():
     start, wanted = time.time(), tuple(filter(None, asked.only.split(',')))
     rows = [*project.rows(asked.full), *tokens.rows(asked.full), *training.rows(asked.full, asked.nanogpt), *generation.rows(asked.full), *shares.rows(asked.full)]
     rows = [r for r in rows if not wanted or r.key.startswith(wanted)]
-    record = {'machine': machine(asked.threads), 'full': asked.full, 'limits': {}, 'rows': []}
+    record = {'machine': machine(asked.threads, asked.nanogpt), 'full': asked.full, 'limits': {}, 'rows': []}
     def keep():
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')

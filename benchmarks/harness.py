@@ -174,12 +174,12 @@ def judge(goal: Goal, turns: dict[str, list[dict]]) -> dict:
     weakest = max if goal.at_most else min
     if goal.over:
         found = {name: statistics.median(a / measures(t)[goal.measure] for a, t in zip(ours, turns[name])) for name in goal.over if name in turns}
-        if not found: return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'over': None, 'value': None, 'met': None}
+        if not found: return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'among': goal.over, 'over': None, 'value': None, 'met': None}
         rival = weakest(found, key=found.get)
         value = found[rival]
     else: rival, value = None, statistics.median(ours)
     value = round(value, 3)
-    return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'over': rival, 'value': value,
+    return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'among': goal.over, 'over': rival, 'value': value,
             'met': value <= goal.bound if goal.at_most else value >= goal.bound}
 
 

@@ -36,6 +36,6 @@ def shares(make, **settings) -> Job:
 
 def rows(full: bool) -> list[Row]:
     "The row of this file."
-    cases = [(f'train {size}', training.ours, size) for size in ('30M', '124M', 'baby')] + [('generate', generation.ours, '124M'), ('generate, int8', generation.int8, '124M')]
+    cases = [(f'train {size}', training.ours, size) for size in ('30M', '124M', 'small')] + [('generate', generation.ours, '124M'), ('generate, int8', generation.int8, '124M')]
     return [Row('shares', 'where the time goes', "a turn of ours under PyTorch's profiler, which itself takes time with each operation; shares of the time", '',
                 tuple(Contender(name, shares, {'make': make, 'size': size}, {'KINETO_LOG_LEVEL': '99'}) for name, make, size in cases), rounds=1)] * full

@@ -136,12 +136,12 @@ def rows(full: bool) -> list[Row]:
     n, out = 5 if full else 3, []
     one, lines = 'tokenizers, one string', 'tokenizers, lines'
     for size in (1000, 5000): out.append(Row(
-        f'train {size:,} ids', f'training a tokenizer of {size:,} ids', 'Shakespeare, 1.1 MB, from 256 bytes, no special tokens', 'MB',
+        f'learn {size:,} ids', f'learning a tokenizer of {size:,} ids', 'Shakespeare, 1.1 MB, from 256 bytes, no special tokens', 'MB',
         (Contender('ours', train_ours, {'vocab_size': size}), Contender(one, train_rust, {'vocab_size': size, 'lines': False}), Contender(lines, train_rust, {'vocab_size': size, 'lines': True})),
         (Goal('speed', 1.0, (one,)), Goal('speed', 0.6, (lines,))), n, agree=equal))
     for text, title in (('shakespeare', 'Shakespeare'), ('the-verdict', 'The Verdict')):
         for warm in (False, True): out.append(Row(
-            f'encode {text}, {"warm" if warm else "cold"}', f'encoding {title}, {"one that has seen it" if warm else "a fresh tokenizer"}', "GPT-2's merges, the whole text", 'MB',
+            f'encode {text}, {"seen before" if warm else "fresh"}', f'encoding {title}, {"one that has seen it" if warm else "a fresh tokenizer"}', "GPT-2's merges, the whole text", 'MB',
             tuple(Contender(name, make, {'text': text, 'warm': warm}, note=make.__doc__) for name, make in (('ours', encode_ours), ('tiktoken', encode_tiktoken), ('tokenizers', encode_rust))),
             (Goal('speed', 0.3, ('tiktoken',)),), n, agree=equal))
     for stride, least in ((256, 2), (4, 100)): out.append(Row(

@@ -16,7 +16,7 @@ RATE, DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 SIZES = {      # (config, batch, steps of a turn)
     '30M': (GPTConfig(50_257, 256, n_layer=6, n_head=6, n_embd=384), 8, 2),
     '124M': (GPTConfig(50_257, 256, n_layer=12, n_head=12, n_embd=768), 2, 2),
-    'baby': (GPTConfig(65, 64, n_layer=4, n_head=4, n_embd=128), 12, 60),
+    'small': (GPTConfig(65, 64, n_layer=4, n_head=4, n_embd=128), 12, 60),
     'tiny': (GPTConfig(65, 16, n_layer=2, n_head=2, n_embd=32), 4, 3),      # for the tests
 }
 
@@ -169,5 +169,5 @@ def rows(full: bool, checkout: str | None) -> list[Row]:
         row('124M', 'training step, 124 million parameters', 3, (faster(1.05),), same_allocator=True, **more)]
     return [
         row('30M', 'training step, 30 million parameters', n, (faster(1.2), smaller(0.6)), **more), *large * full,
-        row('baby', 'training step, small model', n, (faster(1.0, ('nanoGPT',)), faster(1.3, ('transformers',)), faster(1.6, ('LLMs-from-scratch',))), **more),
+        row('small', 'training step, small model', n, (faster(1.0, ('nanoGPT',)), faster(1.3, ('transformers',)), faster(1.6, ('LLMs-from-scratch',))), **more),
     ]
