@@ -36,7 +36,7 @@ def ours(size: str) -> Job:
 
 
 def products(size: str, onednn: bool) -> Job:
-    "With a cache, and one of the two libraries for products, whichever is faster here."
+    "With a cache, and the products of one of PyTorch's two libraries, without a race."
     module._onednn_pays = lambda: onednn
     return ours(size)
 

@@ -1,4 +1,4 @@
-"The stored outputs are those of one thread and of several, with and without AVX-512: the pages run once as the machine has it, and once here, on one thread and without it."
+"The stored outputs are those of one thread and of several, with and without AVX-512: the pages run once as the machine has it, and once here, on one thread and without it, but for what takes long and repeats what others say."
 import json, os, platform, subprocess, sys
 from pathlib import Path
 
