@@ -68,7 +68,7 @@ def test_a_checkout_of_nanogpt_is_used_where_it_is(tmp_path, first_losses):
     (tmp_path/'model.py').write_text(NANO)
     training.same_losses({'ours': first_losses, 'nanoGPT': training.nanogpt('tiny', str(tmp_path)).turn(None)['result']})
     names = lambda checkout, compiled: [c.name for c in training.row('tiny', '', 1, (), checkout, compiled).contenders]
-    assert names(None, True) == ['ours', 'transformers', 'LLMs-from-scratch', 'litgpt'] and names(str(tmp_path), True)[4:] == ['nanoGPT', 'nanoGPT, compiled']
+    assert names(None, True) == ['ours', 'transformers', 'LLMs-from-scratch', 'litgpt', 'ours, again'] and names(str(tmp_path), True)[4:6] == ['nanoGPT', 'nanoGPT, compiled']
     with pytest.raises(SystemExit): main_with('--nanogpt', str(tmp_path/'nowhere'))
 
 
@@ -171,6 +171,13 @@ def test_growth_is_fitted():
 
 
 def test_every_second_of_a_turn_has_a_kind():
-    assert [shares.kind_of(name) for name in ('aten::addmm_', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::gelu', 'AddmmBackward0')] == ['products', 'attention', 'other operations', None]
+    assert [shares.kind_of(name) for name in ('aten::addmm_', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::gelu_backward', 'aten::add', 'AddmmBackward0')] == ['products', 'attention', 'activation', 'other operations', None]
     found = shares.shares(training.ours, size='tiny').turn(None)
     assert sum(found.values()) == pytest.approx(1) and all(0 < share < 1 for share in found.values())
+
+
+def test_two_ways_to_the_loss_give_the_same():
+    found = {name: shares.loss(pieces, 200, 8, 30).turn(None)['result'] for name, pieces in (('ours, by pieces', True), ('at once', False))}
+    shares.same_loss(found)
+    for k in range(3):
+        with pytest.raises(RuntimeError, match='at once does not do the same work'): shares.same_loss(found | {'at once': [x * (1.001 if i == k else 1) for i, x in enumerate(found['at once'])]})
