@@ -373,6 +373,17 @@ def texts(tmp_path, monkeypatch):
     return [i for text in contents.values() if text for i in (*GPT2.encode_ordinary(text), EOT)]
 
 
+@pytest.mark.parametrize('cores, pieces, started', [(8, 15, 0), (8, 31, 0), (8, 32, 2), (8, 200, 8), (1, 200, 0)])
+def test_workers_are_started_where_they_help(tmp_path, monkeypatch, cores, pieces, started):
+    (tmp_path/'a.txt').write_text('tea ' * 5 * pieces)
+    seen, encode = [], data._encode_all
+    monkeypatch.setattr(data, 'PIECE', 20)
+    for name in ('cpu_count', 'process_cpu_count'): monkeypatch.setattr(data.os, name, lambda: cores, raising=False)
+    monkeypatch.setattr(data, '_encode_all', lambda draft, paths, sizes, encoder, workers, progress: encode(draft, paths, sizes, encoder, seen.append(workers) or 0, progress))
+    tokenize_files(tmp_path/'a.txt', tmp_path/'a.ids')
+    assert seen == [started]
+
+
 @pytest.mark.parametrize('workers', [0, 1, 2])
 def test_an_id_file_holds_the_ids_of_its_texts(texts, workers):
     file = tokenize_files('texts', 'corpus.ids', workers=workers)
