@@ -1,10 +1,11 @@
 """Contenders in processes of their own, which take turns; what they took, and how it compares.
 
 Several models in one process falsify each other, so each contender has its own, with the environment it asks for. In each
-round all take one turn, in an order that alternates, so that a slow minute of the machine hits all of them. A turn in which
+round all take one turn, in an order drawn anew, so that a slow minute of the machine hits all of them, and none always follows
+the same one, whose traces it would find in the caches. A turn in which
 other programs used more of the cores than `OTHERS` is taken again. Compared are the medians over rounds of ratios.
 """
-import gc, os, resource, statistics, sys, time
+import gc, os, random, resource, statistics, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 OTHERS, TRIES = 0.06, 10
-AGAIN = 'ours, again'      # the same once more, at the other end of each round: what it is off by is noise
+AGAIN = 'ours, again'      # the same once more: what it is off by is noise
 GRAIN = 0.05           # seconds of the cores that a system's clocks cannot tell
 
 
@@ -24,6 +25,7 @@ class Job:
     turn: Callable[[Any], dict]                 # units: how many; result: to be compared; all else is a measure of its own
     fresh: Callable[[], Any] = lambda: None
     limit: dict = field(default_factory=dict)   # what a unit needs at least: bytes from memory, or flops
+    warm: bool = False                          # each turn is taken twice, and the second counts: for short ones
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def serve(contender: Contender, threads: int, pipe) -> None:
     job = contender.make(**contender.settings)
     pipe.send(job.limit)
     while (asked := pipe.recv()) != 'end':
+        if job.warm: job.turn(job.fresh())
         thing = job.fresh()
         gc.collect()
         start = time.perf_counter()
@@ -137,7 +140,7 @@ def run(row: Row, rounds: int, threads: int, tell=print) -> dict:
     racers, look = {}, min(1, rounds - 1)      # results are compared in the second round, when each has taken a few turns
     try:
         for r in range(rounds):
-            for c in row.contenders[::1 if r % 2 else -1]:
+            for c in random.Random(r).sample(row.contenders, len(row.contenders)):
                 if row.alone or c.name not in racers:
                     racers[c.name] = Racer(c, threads)
                     limits[c.name] = racers[c.name].limit

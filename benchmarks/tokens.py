@@ -24,9 +24,9 @@ def byte_level(model: models.BPE) -> Tokenizer:
 
 
 def text_job(text: str, turn, fresh=lambda: None) -> Job:
-    "Turns that read a text once; its bytes are counted."
+    "Warm turns that read a text once; its bytes are counted."
     n = len(text.encode())
-    return Job(lambda thing: {'units': n / 1e6, 'result': turn(thing)}, fresh)
+    return Job(lambda thing: {'units': n / 1e6, 'result': turn(thing)}, fresh, warm=True)
 
 
 def train_ours(vocab_size: int, text: str = 'shakespeare') -> Job:

@@ -13,9 +13,9 @@ def sleeps() -> Job:
     return Job(lambda thing: time.sleep(thing) or {'units': thing, 'result': 1}, lambda: 0.2)
 
 
-def remembers() -> Job:
+def remembers(warm: bool = False) -> Job:
     seen = []
-    return Job(lambda _: seen.append(1) or {'turns': len(seen)})
+    return Job(lambda _: seen.append(1) or {'turns': len(seen)}, warm=warm)
 
 
 def sees() -> Job:

@@ -134,6 +134,11 @@ def test_a_contender_lives_on_or_begins_anew():
     assert turns(False) == 2.5 and turns(True) == 1      # the median of 2 and 3, after one unmeasured; or always the first
 
 
+def test_a_warm_turn_is_the_second():
+    found = run(row(Contender('ours', remembers, {'warm': True})), 2, 1)['contenders'][0]
+    assert found['turns'] == 5      # the median of 4 and 6, after two unmeasured
+
+
 def test_a_contender_starts_with_its_own_variables_and_threads():
     found = run(row(Contender('ours', sees, env={'LLMBOOK_SEEN': '7'}), Contender('b', sees)), 1, 3)['contenders']
     assert [(c['there'], c['threads']) for c in found] == [(7, 3), (0, 3)] and 'LLMBOOK_SEEN' not in os.environ
