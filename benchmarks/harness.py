@@ -2,8 +2,8 @@
 
 Several models in one process falsify each other, so each contender has its own, with the environment it asks for. In each
 round all take one turn, in an order drawn anew, so that a slow minute of the machine hits all of them, and none always follows
-the same one, whose traces it would find in the caches. A turn in which
-other programs used more of the cores than `OTHERS` is taken again. Compared are the medians over rounds of ratios.
+the same one, whose traces it would find in the caches. A turn in which other programs used more of the cores than `OTHERS` is
+taken again. Compared are the medians over rounds of ratios.
 """
 import gc, os, random, resource, statistics, sys, time
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 OTHERS, TRIES = 0.06, 10
-AGAIN = 'ours, again'      # the same once more: what it is off by is noise
 GRAIN = 0.05           # seconds of the cores that a system's clocks cannot tell
+AGAIN = 'ours, again'  # the same once more: what it is off by is noise
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,15 @@ def judge(goal: Goal, turns: dict[str, list[dict]]) -> dict:
     "What was reached of a goal: the median of ratios to the strongest of those that are there."
     ours = [measures(t)[goal.measure] for t in turns[goal.of]]
     weakest = max if goal.at_most else min
+    asked = {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'among': goal.over}
     if goal.over:
         found = {name: statistics.median(a / measures(t)[goal.measure] for a, t in zip(ours, turns[name])) for name in goal.over if name in turns}
-        if not found: return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'among': goal.over, 'over': None, 'value': None, 'met': None}
+        if not found: return asked | {'over': None, 'value': None, 'met': None}
         rival = weakest(found, key=found.get)
         value = found[rival]
     else: rival, value = None, statistics.median(ours)
     value = round(value, 3)
-    return {'measure': goal.measure, 'of': goal.of, 'bound': goal.bound, 'at most': goal.at_most, 'among': goal.over, 'over': rival, 'value': value,
-            'met': value <= goal.bound if goal.at_most else value >= goal.bound}
+    return asked | {'over': rival, 'value': value, 'met': value <= goal.bound if goal.at_most else value >= goal.bound}
 
 
 def quickest(work: Callable[[], Any], turns: int) -> float:

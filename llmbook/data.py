@@ -751,10 +751,10 @@ def tokenize_files(
     if not any(sizes): raise ValueError(
         f"there is nothing to encode: {paths[0]} is empty"
         + (f", and so are {len(paths) - 1} more" if len(paths) > 1 else ""))
-    if workers is None:         # to start them takes as long as 16 megabytes
+    if workers is None:         # one for each core and each four megabytes
         cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-        workers = min(cores, sum(sizes) // (16 * PIECE))
-        if workers == 1: workers = 0
+        workers = min(cores, sum(sizes) // (4 * PIECE))
+        if workers == 1: workers = 0          # alone it helps nobody
     workers = check_count("workers", workers, 0)
     fields = {"format": f"{_FORMAT}, unfinished", "version": _VERSION,
               "dtype": encoder.dtype, "vocab_size": encoder.vocab_size,

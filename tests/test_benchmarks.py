@@ -134,6 +134,22 @@ def test_a_contender_lives_on_or_begins_anew():
     assert turns(False) == 2.5 and turns(True) == 1      # the median of 2 and 3, after one unmeasured; or always the first
 
 
+def test_nobody_always_follows_the_same_one_and_results_are_compared_once(monkeypatch):
+    order, compared = [], []
+    class Fake:
+        limit = {}
+        def __init__(self, contender, threads): self.name = contender.name
+        def turn(self, result=False):
+            order.append((self.name, result))
+            return {'seconds': 1, 'memory': 1, 'others': 0, 'tries': 1, 'result': 1}
+        def close(self): pass
+    monkeypatch.setattr(harness, 'Racer', Fake)
+    run(row(*(Contender(name, sees) for name in ('ours', 'peer', 'b')), agree=compared.append), 9, 1)
+    turns = order[6:]      # in the first round each has one unmeasured
+    assert {a for (a, _), (b, _) in zip(turns, turns[1:]) if b == 'ours'} >= {'peer', 'b'}
+    assert [result for _, result in turns] == [True] * 3 + [False] * 21 and len(compared) == 1
+
+
 def test_a_warm_turn_is_the_second():
     found = run(row(Contender('ours', remembers, {'warm': True})), 2, 1)['contenders'][0]
     assert found['turns'] == 5      # the median of 4 and 6, after two unmeasured
