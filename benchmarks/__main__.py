@@ -101,7 +101,9 @@ def main():
         for row in record['equal time']['rows']: print(f"{row['name']:24} {row['seconds']:6.1f} s  {row['nats per character']}")
         print(f"  ours is {record['equal time']['below']} below, wanted 0.09: {'reached' if record['equal time']['met'] else 'MISSED'}")
         record['scaling'] = scaling.sweeps()
-        for table in record['scaling']: print(f"\n{table['title']}: {table['cost']} grow with {table['size']} to the power {table['power']} ({table['note']})\n  {table['sizes']}\n  {table['costs']}")
+        for table in record['scaling']:
+            grow = '' if table['power'] is None else f", grow with {table['size']} to the power {table['power']}"
+            print(f"\n{table['title']}: {table['cost']}{grow} ({table['note']})\n  {table['sizes']}\n  {table['costs']}")
     record['minutes'] = round((time.time() - start) / 60, 1)
     keep()
     goals = [g for row in record['rows'] for g in row['goals']]

@@ -9,7 +9,7 @@ import gc, os, random, resource, statistics, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from typing import Any
 
 import psutil
@@ -81,6 +81,7 @@ def serve(contender: Contender, threads: int, pipe) -> None:
     "A contender's process: a turn whenever one is asked for."
     import torch
     torch.set_num_threads(threads)
+    set_start_method(None, force=True)      # processes of its own it starts as any program does
     job = contender.make(**contender.settings)
     pipe.send(job.limit)
     while (asked := pipe.recv()) != 'end':

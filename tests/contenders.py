@@ -1,5 +1,5 @@
 "Contenders for the tests of the race, in a module that a process of its own can import quickly."
-import os, time
+import multiprocessing, os, time
 
 import torch
 from benchmarks.harness import Job
@@ -19,4 +19,5 @@ def remembers(warm: bool = False) -> Job:
 
 
 def sees() -> Job:
-    return Job(lambda _: {'there': float(os.environ.get('LLMBOOK_SEEN', 0)), 'threads': torch.get_num_threads()})
+    return Job(lambda _: {'there': float(os.environ.get('LLMBOOK_SEEN', 0)), 'threads': torch.get_num_threads(),
+                           'usual start': float(multiprocessing.get_start_method() == multiprocessing.get_all_start_methods()[0])})

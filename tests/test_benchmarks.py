@@ -155,9 +155,10 @@ def test_a_warm_turn_is_the_second():
     assert found['turns'] == 5      # the median of 4 and 6, after two unmeasured
 
 
-def test_a_contender_starts_with_its_own_variables_and_threads():
+def test_a_contender_starts_with_its_own_variables_and_threads_and_starts_others_as_usual():
     found = run(row(Contender('ours', sees, env={'LLMBOOK_SEEN': '7'}), Contender('b', sees)), 1, 3)['contenders']
     assert [(c['there'], c['threads']) for c in found] == [(7, 3), (0, 3)] and 'LLMBOOK_SEEN' not in os.environ
+    assert all(c['usual start'] for c in found)      # of processes that it starts itself
 
 
 def test_a_turn_in_which_others_were_busy_is_taken_again(monkeypatch):
