@@ -1,9 +1,10 @@
 """The book's package beside its peers, in one run: `make bench` (the short form), `make bench-full` (all, and much longer).
 
-    python -m benchmarks [--full] [--only train,windows] [--nanogpt FOLDER] [--out results.json]
+    python -m benchmarks [--full] [--only train,windows] [--nanogpt FOLDER] [--out results.json] [--write]
 
 Prints a table and writes it as JSON. `--nanogpt` names a checkout of nanoGPT, which is on no package index; goals are judged by
-the peers that are there, and left open where none of those they name is.
+the peers that are there, and left open where none of those they name is. `--write` keeps the record of a full run for the page
+that shows it.
 """
 import argparse, hashlib, json, os, platform, sys, time
 from datetime import date
@@ -14,6 +15,7 @@ from benchmarks import generation, project, recipe, scaling, shares, tokens, tra
 from benchmarks.harness import Contender, Row, limits, run
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT/'llmbook'/'assets'/'benchmarks.json'
 PACKAGES = 'torch', 'numpy', 'tokenizers', 'tiktoken', 'transformers', 'llms-from-scratch', 'litgpt'
 
 
@@ -73,9 +75,11 @@ def main():
     parser.add_argument('--nanogpt', default=os.environ.get('NANOGPT'), help='folder of a nanoGPT checkout')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--rounds', type=int, help='of each row, instead of its own number')
+    parser.add_argument('--write', action='store_true', help='keep the record for the page, too')
     parser.add_argument('--out', type=Path, default=ROOT/'_build'/'benchmarks.json', help='file for the record')
     asked = parser.parse_args()
     if asked.nanogpt and not (Path(asked.nanogpt)/'model.py').exists(): parser.error(f'--nanogpt {asked.nanogpt} has no model.py; name a checkout of nanoGPT')
+    if asked.write and (not asked.full or asked.only): parser.error('--write keeps the record of a full run; give --full, and no --only')
     sys.stdout.reconfigure(line_buffering=True)      # also in a file a row is seen when it is done
     start, wanted = time.time(), tuple(filter(None, asked.only.split(',')))
     rows = [*project.rows(asked.full), *tokens.rows(asked.full), *training.rows(asked.full, asked.nanogpt), *generation.rows(asked.full), *shares.rows(asked.full)]
@@ -106,6 +110,7 @@ def main():
             print(f"\n{table['title']}: {table['cost']}{grow} ({table['note']})\n  {table['sizes']}\n  {table['costs']}")
     record['minutes'] = round((time.time() - start) / 60, 1)
     keep()
+    if asked.write: RECORD.write_text(asked.out.read_text(encoding='utf-8'), encoding='utf-8')
     goals = [g for row in record['rows'] for g in row['goals']]
     print(f"\n{sum(g['met'] is True for g in goals)} goals reached, {sum(g['met'] is False for g in goals)} missed, {sum(g['met'] is None for g in goals)} open, in {record['minutes']} minutes; the record is {asked.out}")
 

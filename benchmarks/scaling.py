@@ -40,13 +40,13 @@ def models() -> dict:
     "Deeper and wider models, the same tokens."
     configs = [GPTConfig(1024, 128, n_layer=n, n_head=n, n_embd=32 * n) for n in (2, 4, 6, 8, 12)]
     return sweep('the model', 'operations of a token', 'seconds per step', [3 * forward_flops(c.vocab_size, c.context_length, c.n_layer, c.n_embd) for c in configs], [step(c) for c in configs],
-                 f'{TOKENS} tokens a step, context 128, 1,024 ids; 2 to 12 layers, 64 to 384 wide')
+                 f'{TOKENS:,} tokens a step, context 128, 1,024 ids; 2 to 12 layers, 64 to 384 wide')
 
 
 def contexts() -> dict:
     "Longer texts, the same tokens."
     lengths = [64, 128, 256, 512, 1024, 2048]
-    return sweep('the context', 'tokens', 'seconds per step', lengths, [step(GPTConfig(1024, t, 4, 4, 128)) for t in lengths], f'{TOKENS} tokens a step: 32 texts to 1; 4 layers, 128 wide')
+    return sweep('the context', 'tokens', 'seconds per step', lengths, [step(GPTConfig(1024, t, 4, 4, 128)) for t in lengths], f'{TOKENS:,} tokens a step: 32 texts to 1; 4 layers, 128 wide')
 
 
 def texts() -> list[dict]:
@@ -85,7 +85,7 @@ def processes() -> dict:
             done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m', 'benchmarks.scaling'], capture_output=True, text=True, cwd=ROOT)
         if done.returncode: raise RuntimeError(done.stderr)
         costs.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    table = sweep('processes', 'processes', 'seconds per step', counts, costs, f'{TOKENS} tokens a step, shared; one thread each, on {os.cpu_count()} cores; 6 layers, 192 wide')
+    table = sweep('processes', 'processes', 'seconds per step', counts, costs, f'{TOKENS:,} tokens a step, shared; one thread each, on {os.cpu_count()} cores; 6 layers, 192 wide')
     own = [n for n in counts if n <= os.cpu_count()]      # where each has a core
     return table | {'power': fit(own, costs[:len(own)]) if len(own) > 1 else None}
 

@@ -3,7 +3,7 @@ import importlib.util, json, os
 from pathlib import Path
 
 import pytest
-from benchmarks import __main__ as program, generation, harness, scaling, shares, tokens, training
+from benchmarks import __main__ as program, generation, harness, project, scaling, shares, tokens, training
 from benchmarks.harness import Contender, Goal, Racer, Row, judge, run
 from contenders import counts, remembers, sees, sleeps
 
@@ -203,3 +203,9 @@ def test_two_ways_to_the_loss_give_the_same():
     shares.same_loss(found)
     for k in range(3):
         with pytest.raises(RuntimeError, match='at once does not do the same work'): shares.same_loss(found | {'at once': [x * (1.001 if i == k else 1) for i, x in enumerate(found['at once'])]})
+
+
+def test_the_page_shows_a_full_record_of_all_rows():
+    record = json.loads(program.RECORD.read_text(encoding='utf-8'))
+    wanted = {r.key for r in [*project.rows(True), *tokens.rows(True), *training.rows(True, None), *generation.rows(True), *shares.rows(True)]}
+    assert record['full'] and wanted - {'test'} <= {r['key'] for r in record['rows']} and {'int8', 'equal time', 'scaling', 'limits'} <= set(record)
