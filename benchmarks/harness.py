@@ -134,7 +134,7 @@ class Racer:
         self.process.kill()
 
 
-def run(row: Row, rounds: int, threads: int, tell=print) -> dict:
+def run(row: Row, rounds: int, threads: int) -> dict:
     "Measure a row; raises if the contenders did not do the same work."
     names = [c.name for c in row.contenders]
     turns, limits, threads = {name: [] for name in names}, {}, row.threads or threads
